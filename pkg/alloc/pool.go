@@ -1,0 +1,97 @@
+package alloc
+
+import "fmt"
+
+// FormatVersion is the format of the records that this version writes. A store of a newer format is
+// refused.
+const FormatVersion = 1
+
+// PoolState says whether serials may be issued.
+type PoolState string
+
+// The states of a pool.
+const (
+	PoolOpen       PoolState = "open"
+	PoolRecovering PoolState = "recovering"
+)
+
+// Pool is the record of the pool itself. Every issuing transaction compares it.
+type Pool struct {
+	// UUID names the pool for ever, wherever its store moves.
+	UUID       string     `json:"uuid"`
+	Generation Generation `json:"generation"`
+	State      PoolState  `json:"state"`
+	Policy     Policy     `json:"policy"`
+	Format     int        `json:"format"`
+	// Nonce is drawn anew with every generation, so that two recoveries that could not hear of each
+	// other are told apart.
+	Nonce string `json:"-"`
+	// Extra holds the fields of the stored record that this version does not know, so that writing
+	// the record back loses nothing that a newer version put there. Only stores touch it.
+	Extra []byte `json:"-"`
+}
+
+// Action is what a policy orders.
+type Action string
+
+// The actions of a policy.
+const (
+	// Clone: fresh serials, parents recorded.
+	Clone Action = "clone"
+	// Resume: the same serials go on.
+	Resume Action = "resume"
+	// Adopt: fresh serials and a warning.
+	Adopt Action = "adopt"
+	// Refuse: the restore is vetoed.
+	Refuse Action = "refuse"
+)
+
+// Policy says what a restore gets when it is not the straight continuation of its sandbox.
+type Policy struct {
+	// Live: images that are consumed, or a copy, while their sandbox lives: Clone or Refuse.
+	Live Action `json:"live"`
+	// Over: the current copy of a sandbox that is over: Resume, Clone or Refuse.
+	Over Action `json:"over"`
+	// Unknown: images without a manifest that the pool never heard of: Adopt or Refuse.
+	Unknown Action `json:"unknown"`
+}
+
+// DefaultPolicy is what a new pool has.
+func DefaultPolicy() Policy { return Policy{Live: Clone, Over: Resume, Unknown: Adopt} }
+
+// Validate checks that each rule has one of its actions.
+func (p Policy) Validate() error {
+	switch {
+	case p.Live != Clone && p.Live != Refuse:
+		return invalid("policy live", fmt.Sprintf("%q is not clone or refuse", p.Live))
+	case p.Over != Resume && p.Over != Clone && p.Over != Refuse:
+		return invalid("policy over", fmt.Sprintf("%q is not resume, clone or refuse", p.Over))
+	case p.Unknown != Adopt && p.Unknown != Refuse:
+		return invalid("policy unknown", fmt.Sprintf("%q is not adopt or refuse", p.Unknown))
+	}
+	return nil
+}
+
+// Counter is the pool's cursor: the next counter of the current generation that nobody holds.
+type Counter struct {
+	Generation Generation `json:"generation"`
+	Next       uint64     `json:"next"` // 1..MaxCounter+1
+	// Nonce is drawn anew with every write: two transactions never write the same value.
+	Nonce string `json:"-"`
+	Extra []byte `json:"-"`
+}
+
+// check refuses what this version must not write to.
+func (p *Pool) check() error {
+	switch {
+	case p.Format > FormatVersion:
+		return &Error{Reason: ReasonFormat, Subject: "pool " + p.UUID,
+			Msg: fmt.Sprintf("the store has format %d, this version writes %d", p.Format, FormatVersion),
+			Fix: "run servers of the version that wrote it, or a newer one"}
+	case p.State != PoolOpen:
+		return &Error{Reason: ReasonRecovering, Subject: "pool " + p.UUID,
+			Msg: "the store may have lost history, nothing is issued until the generation was raised",
+			Fix: "wait; the servers' logs say what they wait for", RetryAfter: retrySoon}
+	}
+	return nil
+}

@@ -1,0 +1,151 @@
+package alloc
+
+import (
+	"fmt"
+	"time"
+)
+
+// SandboxState says where a sandbox is in its life. The table of moves stands in the package comment.
+type SandboxState string
+
+// The states of a sandbox.
+const (
+	// Running: it lives on its owner host.
+	Running SandboxState = "running"
+	// Dumped: its images are complete and recorded; the source has not said yet what became of the tree.
+	Dumped SandboxState = "dumped"
+	// InTransit: the source saw the tree killed by the dump; whoever has the images may claim it.
+	InTransit SandboxState = "in_transit"
+	// Claimed: one CRIU run on the owner host is restoring it.
+	Claimed SandboxState = "claimed"
+	// Ended: its processes are gone, and not through a hand-off.
+	Ended SandboxState = "ended"
+)
+
+// Limits of a sandbox record.
+const (
+	keptStints   = 32
+	keptRequests = 8
+	maxLabels    = 32
+	maxLabelSize = 256
+)
+
+// Sandbox is the bindings that move together: what one dump takes, or what one container owns. One
+// record holds them all, so that a hand-off of hundreds of namespaces changes one key.
+type Sandbox struct {
+	Serial Serial       `json:"serial"`
+	State  SandboxState `json:"state"`
+	// Owner is the host that answers for the sandbox. In transit and ended it is the last one.
+	Owner string `json:"owner"`
+	// Epoch counts the owners; see Epoch.
+	Epoch Epoch `json:"epoch"`
+	// OfHost marks the host's own sandbox: the namespaces of its PID 1. It is never handed off.
+	OfHost   bool      `json:"of_host,omitempty"`
+	Bindings []Binding `json:"bindings"`
+	// Stints is the sandbox's history, oldest first: the last 32. Older ones are Stint records.
+	Stints []Stint           `json:"stints"`
+	Labels map[string]string `json:"labels,omitempty"`
+	// Checkpoint is the current checkpoint: the last one committed; 0 when there was none.
+	Checkpoint Serial `json:"checkpoint,omitempty"`
+	// Claim is the restore that made, or is making, the tree of this epoch; nil for a tree that no
+	// restore made.
+	Claim *Claim `json:"claim,omitempty"`
+	// Parent is set in a clone.
+	Parent *Parent `json:"parent,omitempty"`
+	// Created is when the sandbox was registered first, by the server's clock.
+	Created time.Time `json:"created"`
+	// Requests are the last 8 requests that changed this record.
+	Requests []RequestMark `json:"-"`
+	// Extra holds what a newer version stored in this record; see Pool.Extra.
+	Extra []byte `json:"-"`
+}
+
+// Stint is one row of a sandbox's history: who owned it, from when to when.
+type Stint struct {
+	Host  string `json:"host"`
+	Epoch Epoch  `json:"epoch"`
+	// From and To are of the server's clock; To is zero while the stint lasts.
+	From time.Time `json:"from"`
+	To   time.Time `json:"to,omitzero"`
+	// Began and Over say by which event, for people and audit.
+	Began string `json:"began"`
+	Over  string `json:"over,omitempty"`
+	// Checkpoint is the one that the stint began from; 0 for a tree that no restore made.
+	Checkpoint Serial `json:"checkpoint,omitempty"`
+	// Actor is who made the change that began the stint, such as host/a or operator/ann.
+	Actor string `json:"actor"`
+	// Extra holds what a newer version stored in this stint; see Pool.Extra.
+	Extra []byte `json:"-"`
+}
+
+// Claimant names one restore: a second CRIU run on the same host is another claimant.
+type Claimant struct {
+	Host   string `json:"host"`
+	BootID string `json:"boot_id"`
+	// Run is the key of the CRIU process on that boot, as the agent makes it (pid and start time).
+	Run string `json:"run"`
+}
+
+// Claim is a claimant with the state that its claim goes back to when nothing ran.
+type Claim struct {
+	Claimant
+	From SandboxState `json:"from"` // InTransit or Ended
+}
+
+// Parent says what a clone was made from.
+type Parent struct {
+	Sandbox    Serial `json:"sandbox"`
+	Checkpoint Serial `json:"checkpoint"`
+}
+
+// Binding finds a binding by serial.
+func (s *Sandbox) Binding(serial Serial) (*Binding, bool) {
+	for i := range s.Bindings {
+		if s.Bindings[i].Serial == serial {
+			return &s.Bindings[i], true
+		}
+	}
+	return nil, false
+}
+
+// Stint is the current or last row of the history.
+func (s *Sandbox) Stint() *Stint {
+	if len(s.Stints) == 0 {
+		return nil
+	}
+	return &s.Stints[len(s.Stints)-1]
+}
+
+func (s *Sandbox) openStint(host, began, actor string, checkpoint Serial, now time.Time) {
+	s.Stints = append(s.Stints, Stint{Host: host, Epoch: s.Epoch, From: now, Began: began, Actor: actor, Checkpoint: checkpoint})
+}
+
+func (s *Sandbox) closeStint(over string, now time.Time) {
+	if st := s.Stint(); st != nil && st.To.IsZero() {
+		st.To, st.Over = now, over
+	}
+}
+
+// clone copies what Next changes, so that a refused event leaves the old value as it was.
+func (s Sandbox) clone() Sandbox {
+	s.Bindings = append([]Binding(nil), s.Bindings...)
+	s.Stints = append([]Stint(nil), s.Stints...)
+	s.Requests = append([]RequestMark(nil), s.Requests...)
+	if s.Claim != nil {
+		c := *s.Claim
+		s.Claim = &c
+	}
+	return s
+}
+
+func validateLabels(subject string, labels map[string]string) error {
+	if len(labels) > maxLabels {
+		return invalid(subject, fmt.Sprintf("%d labels, %d are allowed", len(labels), maxLabels))
+	}
+	for k, v := range labels {
+		if k == "" || len(k) > maxLabelSize || len(v) > maxLabelSize {
+			return invalid(subject, fmt.Sprintf("label %.40q: names have 1 to %d bytes, values up to %d", k, maxLabelSize, maxLabelSize))
+		}
+	}
+	return nil
+}

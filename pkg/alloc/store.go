@@ -1,0 +1,170 @@
+package alloc
+
+import (
+	"context"
+	"time"
+)
+
+// Kind is the kind of a record; it is a part of its key.
+type Kind string
+
+// The kinds of records, with the id that completes the key.
+const (
+	KindPool       Kind = "pool"       // id empty
+	KindCounter    Kind = "counter"    // id empty
+	KindHost       Kind = "host"       // NAME
+	KindSandbox    Kind = "sandbox"    // SERIAL
+	KindStint      Kind = "stint"      // SERIAL/EPOCH, both as 16 hex digits
+	KindCheckpoint Kind = "checkpoint" // SERIAL
+	KindRequest    Kind = "request"    // UUIDv7: sorts by time
+)
+
+// Key names one record of one pool.
+type Key struct {
+	Kind Kind
+	ID   string
+}
+
+func (k Key) String() string {
+	if k.ID == "" {
+		return string(k.Kind)
+	}
+	return string(k.Kind) + "/" + k.ID
+}
+
+// Record is a value of the store: *Pool, *Counter, *Host, *Sandbox, *OldStint, *Checkpoint or *Request.
+type Record interface{ Key() Key }
+
+// Key is pool.
+func (*Pool) Key() Key { return Key{Kind: KindPool} }
+
+// Key is counter.
+func (*Counter) Key() Key { return Key{Kind: KindCounter} }
+
+// Key is host/NAME.
+func (h *Host) Key() Key { return HostKey(h.Name) }
+
+// Key is sandbox/SERIAL.
+func (s *Sandbox) Key() Key { return SandboxKey(s.Serial) }
+
+// Key is checkpoint/SERIAL.
+func (c *Checkpoint) Key() Key { return CheckpointKey(c.Serial) }
+
+// Key is request/ID.
+func (r *Request) Key() Key { return Key{Kind: KindRequest, ID: r.ID} }
+
+// Key is stint/SERIAL/EPOCH.
+func (o *OldStint) Key() Key {
+	return Key{Kind: KindStint, ID: o.Sandbox.String() + "/" + Serial(o.Stint.Epoch).String()}
+}
+
+// HostKey is the key of a host's record.
+func HostKey(name string) Key { return Key{Kind: KindHost, ID: name} }
+
+// SandboxKey is the key of a sandbox's record.
+func SandboxKey(s Serial) Key { return Key{Kind: KindSandbox, ID: s.String()} }
+
+// CheckpointKey is the key of a checkpoint's record.
+func CheckpointKey(s Serial) Key { return Key{Kind: KindCheckpoint, ID: s.String()} }
+
+// OldStint is a stint that has moved out of its sandbox's record.
+type OldStint struct {
+	Sandbox Serial `json:"sandbox"`
+	Stint   Stint  `json:"stint"`
+	Extra   []byte `json:"-"`
+}
+
+// Request is the committed answer of an Allocate, kept for RequestLife under its request id so that
+// any server finds it when the first answer was lost.
+type Request struct {
+	ID     string    `json:"id"`
+	Digest Digest    `json:"digest"`
+	Ranges Ranges    `json:"ranges"`
+	At     time.Time `json:"at"`
+	Extra  []byte    `json:"-"`
+}
+
+// RequestMark is a request that changed a record, kept in the record.
+type RequestMark struct {
+	ID     string `json:"id"`
+	Digest Digest `json:"digest"`
+}
+
+// Revision orders what a store committed: a transaction that saw, or overwrote, another's effect has
+// a higher revision. Revisions of one store only grow, until somebody puts the store back to an older
+// snapshot; nothing but freshness of reads may rest on them.
+type Revision int64
+
+// Token stands for the exact value that a record had when it was read, or for its absence (""). It
+// is compared by value, never by version: a store that was put back to an old snapshot repeats its
+// versions but not the values of records that carry nonces, epochs or cursors.
+type Token string
+
+// Entry is a record as read. Record is nil and Token is "" when the key is absent.
+type Entry struct {
+	Key      Key
+	Record   Record
+	Token    Token
+	Revision Revision // of the record's last change; 0 when absent
+}
+
+// Guard is a condition of a transaction: the record under Key still has the value that Token stands for.
+type Guard struct {
+	Key   Key
+	Token Token
+}
+
+// Tx is one transaction. A key stands at most once in Put and Delete together.
+type Tx struct {
+	Guards []Guard
+	Put    []Record
+	Delete []Key
+}
+
+// Change is one committed write as a watch delivers it; Record is nil when the key was deleted.
+type Change struct {
+	Key      Key
+	Record   Record
+	Token    Token
+	Revision Revision
+}
+
+// Store is where a pool's records live. It is dumb: all rules are above it.
+//
+// Durable: when Commit returns without an error, the whole transaction has been committed by the
+// store's quorum and survives the loss of any minority, of this process, and of power.
+//
+// Atomic: either every Put and Delete took effect at one revision, at which every Guard held, or
+// none did.
+//
+// Linearizable: Get and List (each call as a whole) answer as of a revision at or after the last
+// commit that was acknowledged to anyone before the call began.
+//
+// Errors, all of them *Error:
+//   - ErrConflict: a guard did not hold; nothing was written. Read again and decide again.
+//   - ErrUnknownOutcome: the answer was lost. The transaction was committed, or not, or will be a
+//     moment later; only a read that finds its effect (by request id or by value) settles it, and a
+//     second transaction may stand in for it only if its guards exclude that both take effect.
+//   - ErrUnavailable: the store was not reached and nothing was written.
+//   - ErrTooLarge: more than the store takes in one transaction; nothing was written.
+//   - ErrMalformed, ErrFormat: a record that was read cannot be understood; it is left as it is.
+//
+// A context that ends during Commit gives ErrUnknownOutcome, during a read ErrUnavailable.
+type Store interface {
+	// Get reads the records under keys, in that order, all as of one revision.
+	Get(ctx context.Context, keys ...Key) ([]Entry, Revision, error)
+	// List reads up to limit records of a kind in the order of their ids, from the first whose id is
+	// greater than after; limit 1 to 1000. at pins the revision for the pages of one listing; 0 reads
+	// the newest and returns it. A pinned revision that has been compacted gives ErrConflict.
+	List(ctx context.Context, kind Kind, after string, limit int, at Revision) ([]Entry, Revision, error)
+	// Commit makes tx happen as a whole.
+	Commit(ctx context.Context, tx Tx) (Revision, error)
+	// Watch calls apply for the changes after revision from, in order, one call for all changes of one
+	// revision (an empty call only moves the revision on), until ctx ends or the stream breaks. It
+	// returns ErrConflict when from has been compacted (list again), ErrUnavailable when the store was
+	// lost (watch again from the last revision applied).
+	Watch(ctx context.Context, from Revision, apply func(rev Revision, changes []Change)) error
+	// Sync makes running watches of this store deliver a revision at or after every commit that was
+	// acknowledged before Sync was called, and soon.
+	Sync(ctx context.Context) (Revision, error)
+}
