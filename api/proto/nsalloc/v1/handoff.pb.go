@@ -1205,6 +1205,134 @@ func (x *FindResponse) GetRevision() int64 {
 	return 0
 }
 
+// ListCheckpointsRequest asks for a page.
+type ListCheckpointsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only of this sandbox; 0 for all.
+	Sandbox uint64 `protobuf:"fixed64,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	// At most this many, 1 to 1000; 0 means 100.
+	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// next_page_token of the page before; empty for the first.
+	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListCheckpointsRequest) Reset() {
+	*x = ListCheckpointsRequest{}
+	mi := &file_nsalloc_v1_handoff_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListCheckpointsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListCheckpointsRequest) ProtoMessage() {}
+
+func (x *ListCheckpointsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_handoff_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListCheckpointsRequest.ProtoReflect.Descriptor instead.
+func (*ListCheckpointsRequest) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_handoff_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ListCheckpointsRequest) GetSandbox() uint64 {
+	if x != nil {
+		return x.Sandbox
+	}
+	return 0
+}
+
+func (x *ListCheckpointsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListCheckpointsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+// ListCheckpointsResponse is a page of checkpoints.
+type ListCheckpointsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order of their serials.
+	Checkpoints []*Checkpoint `protobuf:"bytes,1,rep,name=checkpoints,proto3" json:"checkpoints,omitempty"`
+	// Empty on the last page.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	// The store's revision that this answer reflects.
+	Revision      int64 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListCheckpointsResponse) Reset() {
+	*x = ListCheckpointsResponse{}
+	mi := &file_nsalloc_v1_handoff_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListCheckpointsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListCheckpointsResponse) ProtoMessage() {}
+
+func (x *ListCheckpointsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_handoff_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListCheckpointsResponse.ProtoReflect.Descriptor instead.
+func (*ListCheckpointsResponse) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_handoff_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ListCheckpointsResponse) GetCheckpoints() []*Checkpoint {
+	if x != nil {
+		return x.Checkpoints
+	}
+	return nil
+}
+
+func (x *ListCheckpointsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+func (x *ListCheckpointsResponse) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 var File_nsalloc_v1_handoff_proto protoreflect.FileDescriptor
 
 const file_nsalloc_v1_handoff_proto_rawDesc = "" +
@@ -1315,7 +1443,16 @@ const file_nsalloc_v1_handoff_proto_rawDesc = "" +
 	"\n" +
 	"checkpoint\x18\x01 \x01(\v2\x16.nsalloc.v1.CheckpointR\n" +
 	"checkpoint\x12\x1a\n" +
-	"\brevision\x18\x02 \x01(\x03R\brevision*i\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\"n\n" +
+	"\x16ListCheckpointsRequest\x12\x18\n" +
+	"\asandbox\x18\x01 \x01(\x06R\asandbox\x12\x1b\n" +
+	"\tpage_size\x18\x02 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x03 \x01(\tR\tpageToken\"\x97\x01\n" +
+	"\x17ListCheckpointsResponse\x128\n" +
+	"\vcheckpoints\x18\x01 \x03(\v2\x16.nsalloc.v1.CheckpointR\vcheckpoints\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\x03R\brevision*i\n" +
 	"\bEvidence\x12\x18\n" +
 	"\x14EVIDENCE_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10EVIDENCE_STOPPED\x10\x01\x12\x15\n" +
@@ -1324,7 +1461,7 @@ const file_nsalloc_v1_handoff_proto_rawDesc = "" +
 	"\fClaimOutcome\x12\x1d\n" +
 	"\x19CLAIM_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15CLAIM_OUTCOME_CLAIMED\x10\x01\x12\x17\n" +
-	"\x13CLAIM_OUTCOME_CLONE\x10\x022\xbe\x03\n" +
+	"\x13CLAIM_OUTCOME_CLONE\x10\x022\x9a\x04\n" +
 	"\aHandoff\x129\n" +
 	"\x04Open\x12\x17.nsalloc.v1.OpenRequest\x1a\x18.nsalloc.v1.OpenResponse\x12B\n" +
 	"\aConfirm\x12\x1a.nsalloc.v1.ConfirmRequest\x1a\x1b.nsalloc.v1.ConfirmResponse\x12<\n" +
@@ -1332,7 +1469,8 @@ const file_nsalloc_v1_handoff_proto_rawDesc = "" +
 	"\x05Claim\x12\x18.nsalloc.v1.ClaimRequest\x1a\x19.nsalloc.v1.ClaimResponse\x129\n" +
 	"\x04Bind\x12\x17.nsalloc.v1.BindRequest\x1a\x18.nsalloc.v1.BindResponse\x12B\n" +
 	"\aRelease\x12\x1a.nsalloc.v1.ReleaseRequest\x1a\x1b.nsalloc.v1.ReleaseResponse\x129\n" +
-	"\x04Find\x12\x17.nsalloc.v1.FindRequest\x1a\x18.nsalloc.v1.FindResponseB;Z9github.com/nsalloc/nsalloc/api/proto/nsalloc/v1;nsallocv1b\x06proto3"
+	"\x04Find\x12\x17.nsalloc.v1.FindRequest\x1a\x18.nsalloc.v1.FindResponse\x12Z\n" +
+	"\x0fListCheckpoints\x12\".nsalloc.v1.ListCheckpointsRequest\x1a#.nsalloc.v1.ListCheckpointsResponseB;Z9github.com/nsalloc/nsalloc/api/proto/nsalloc/v1;nsallocv1b\x06proto3"
 
 var (
 	file_nsalloc_v1_handoff_proto_rawDescOnce sync.Once
@@ -1347,75 +1485,80 @@ func file_nsalloc_v1_handoff_proto_rawDescGZIP() []byte {
 }
 
 var file_nsalloc_v1_handoff_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_nsalloc_v1_handoff_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_nsalloc_v1_handoff_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_nsalloc_v1_handoff_proto_goTypes = []any{
-	(Evidence)(0),           // 0: nsalloc.v1.Evidence
-	(ClaimOutcome)(0),       // 1: nsalloc.v1.ClaimOutcome
-	(*OpenRequest)(nil),     // 2: nsalloc.v1.OpenRequest
-	(*OpenResponse)(nil),    // 3: nsalloc.v1.OpenResponse
-	(*ConfirmRequest)(nil),  // 4: nsalloc.v1.ConfirmRequest
-	(*ConfirmResponse)(nil), // 5: nsalloc.v1.ConfirmResponse
-	(*AbortRequest)(nil),    // 6: nsalloc.v1.AbortRequest
-	(*AbortResponse)(nil),   // 7: nsalloc.v1.AbortResponse
-	(*ClaimRequest)(nil),    // 8: nsalloc.v1.ClaimRequest
-	(*ClaimResponse)(nil),   // 9: nsalloc.v1.ClaimResponse
-	(*BindRequest)(nil),     // 10: nsalloc.v1.BindRequest
-	(*BindResponse)(nil),    // 11: nsalloc.v1.BindResponse
-	(*ReleaseRequest)(nil),  // 12: nsalloc.v1.ReleaseRequest
-	(*ReleaseResponse)(nil), // 13: nsalloc.v1.ReleaseResponse
-	(*FindRequest)(nil),     // 14: nsalloc.v1.FindRequest
-	(*FindResponse)(nil),    // 15: nsalloc.v1.FindResponse
-	nil,                     // 16: nsalloc.v1.BindRequest.LabelsEntry
-	(*Range)(nil),           // 17: nsalloc.v1.Range
-	(*Sandbox)(nil),         // 18: nsalloc.v1.Sandbox
-	(*Checkpoint)(nil),      // 19: nsalloc.v1.Checkpoint
-	(*Claimant)(nil),        // 20: nsalloc.v1.Claimant
-	(*Binding)(nil),         // 21: nsalloc.v1.Binding
+	(Evidence)(0),                   // 0: nsalloc.v1.Evidence
+	(ClaimOutcome)(0),               // 1: nsalloc.v1.ClaimOutcome
+	(*OpenRequest)(nil),             // 2: nsalloc.v1.OpenRequest
+	(*OpenResponse)(nil),            // 3: nsalloc.v1.OpenResponse
+	(*ConfirmRequest)(nil),          // 4: nsalloc.v1.ConfirmRequest
+	(*ConfirmResponse)(nil),         // 5: nsalloc.v1.ConfirmResponse
+	(*AbortRequest)(nil),            // 6: nsalloc.v1.AbortRequest
+	(*AbortResponse)(nil),           // 7: nsalloc.v1.AbortResponse
+	(*ClaimRequest)(nil),            // 8: nsalloc.v1.ClaimRequest
+	(*ClaimResponse)(nil),           // 9: nsalloc.v1.ClaimResponse
+	(*BindRequest)(nil),             // 10: nsalloc.v1.BindRequest
+	(*BindResponse)(nil),            // 11: nsalloc.v1.BindResponse
+	(*ReleaseRequest)(nil),          // 12: nsalloc.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),         // 13: nsalloc.v1.ReleaseResponse
+	(*FindRequest)(nil),             // 14: nsalloc.v1.FindRequest
+	(*FindResponse)(nil),            // 15: nsalloc.v1.FindResponse
+	(*ListCheckpointsRequest)(nil),  // 16: nsalloc.v1.ListCheckpointsRequest
+	(*ListCheckpointsResponse)(nil), // 17: nsalloc.v1.ListCheckpointsResponse
+	nil,                             // 18: nsalloc.v1.BindRequest.LabelsEntry
+	(*Range)(nil),                   // 19: nsalloc.v1.Range
+	(*Sandbox)(nil),                 // 20: nsalloc.v1.Sandbox
+	(*Checkpoint)(nil),              // 21: nsalloc.v1.Checkpoint
+	(*Claimant)(nil),                // 22: nsalloc.v1.Claimant
+	(*Binding)(nil),                 // 23: nsalloc.v1.Binding
 }
 var file_nsalloc_v1_handoff_proto_depIdxs = []int32{
-	17, // 0: nsalloc.v1.OpenRequest.spend:type_name -> nsalloc.v1.Range
-	18, // 1: nsalloc.v1.OpenResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	19, // 2: nsalloc.v1.OpenResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
+	19, // 0: nsalloc.v1.OpenRequest.spend:type_name -> nsalloc.v1.Range
+	20, // 1: nsalloc.v1.OpenResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	21, // 2: nsalloc.v1.OpenResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
 	0,  // 3: nsalloc.v1.ConfirmRequest.evidence:type_name -> nsalloc.v1.Evidence
-	18, // 4: nsalloc.v1.ConfirmResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	19, // 5: nsalloc.v1.ConfirmResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
-	18, // 6: nsalloc.v1.AbortResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	19, // 7: nsalloc.v1.AbortResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
-	20, // 8: nsalloc.v1.ClaimRequest.claimant:type_name -> nsalloc.v1.Claimant
+	20, // 4: nsalloc.v1.ConfirmResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	21, // 5: nsalloc.v1.ConfirmResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
+	20, // 6: nsalloc.v1.AbortResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	21, // 7: nsalloc.v1.AbortResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
+	22, // 8: nsalloc.v1.ClaimRequest.claimant:type_name -> nsalloc.v1.Claimant
 	1,  // 9: nsalloc.v1.ClaimResponse.outcome:type_name -> nsalloc.v1.ClaimOutcome
-	18, // 10: nsalloc.v1.ClaimResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	19, // 11: nsalloc.v1.ClaimResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
-	17, // 12: nsalloc.v1.BindRequest.spend:type_name -> nsalloc.v1.Range
-	20, // 13: nsalloc.v1.BindRequest.claimant:type_name -> nsalloc.v1.Claimant
-	21, // 14: nsalloc.v1.BindRequest.bindings:type_name -> nsalloc.v1.Binding
-	21, // 15: nsalloc.v1.BindRequest.fresh:type_name -> nsalloc.v1.Binding
-	16, // 16: nsalloc.v1.BindRequest.labels:type_name -> nsalloc.v1.BindRequest.LabelsEntry
-	18, // 17: nsalloc.v1.BindResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	19, // 18: nsalloc.v1.BindResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
-	17, // 19: nsalloc.v1.BindResponse.granted:type_name -> nsalloc.v1.Range
-	20, // 20: nsalloc.v1.ReleaseRequest.claimant:type_name -> nsalloc.v1.Claimant
-	18, // 21: nsalloc.v1.ReleaseResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	19, // 22: nsalloc.v1.ReleaseResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
-	19, // 23: nsalloc.v1.FindResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
-	2,  // 24: nsalloc.v1.Handoff.Open:input_type -> nsalloc.v1.OpenRequest
-	4,  // 25: nsalloc.v1.Handoff.Confirm:input_type -> nsalloc.v1.ConfirmRequest
-	6,  // 26: nsalloc.v1.Handoff.Abort:input_type -> nsalloc.v1.AbortRequest
-	8,  // 27: nsalloc.v1.Handoff.Claim:input_type -> nsalloc.v1.ClaimRequest
-	10, // 28: nsalloc.v1.Handoff.Bind:input_type -> nsalloc.v1.BindRequest
-	12, // 29: nsalloc.v1.Handoff.Release:input_type -> nsalloc.v1.ReleaseRequest
-	14, // 30: nsalloc.v1.Handoff.Find:input_type -> nsalloc.v1.FindRequest
-	3,  // 31: nsalloc.v1.Handoff.Open:output_type -> nsalloc.v1.OpenResponse
-	5,  // 32: nsalloc.v1.Handoff.Confirm:output_type -> nsalloc.v1.ConfirmResponse
-	7,  // 33: nsalloc.v1.Handoff.Abort:output_type -> nsalloc.v1.AbortResponse
-	9,  // 34: nsalloc.v1.Handoff.Claim:output_type -> nsalloc.v1.ClaimResponse
-	11, // 35: nsalloc.v1.Handoff.Bind:output_type -> nsalloc.v1.BindResponse
-	13, // 36: nsalloc.v1.Handoff.Release:output_type -> nsalloc.v1.ReleaseResponse
-	15, // 37: nsalloc.v1.Handoff.Find:output_type -> nsalloc.v1.FindResponse
-	31, // [31:38] is the sub-list for method output_type
-	24, // [24:31] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	20, // 10: nsalloc.v1.ClaimResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	21, // 11: nsalloc.v1.ClaimResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
+	19, // 12: nsalloc.v1.BindRequest.spend:type_name -> nsalloc.v1.Range
+	22, // 13: nsalloc.v1.BindRequest.claimant:type_name -> nsalloc.v1.Claimant
+	23, // 14: nsalloc.v1.BindRequest.bindings:type_name -> nsalloc.v1.Binding
+	23, // 15: nsalloc.v1.BindRequest.fresh:type_name -> nsalloc.v1.Binding
+	18, // 16: nsalloc.v1.BindRequest.labels:type_name -> nsalloc.v1.BindRequest.LabelsEntry
+	20, // 17: nsalloc.v1.BindResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	21, // 18: nsalloc.v1.BindResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
+	19, // 19: nsalloc.v1.BindResponse.granted:type_name -> nsalloc.v1.Range
+	22, // 20: nsalloc.v1.ReleaseRequest.claimant:type_name -> nsalloc.v1.Claimant
+	20, // 21: nsalloc.v1.ReleaseResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	21, // 22: nsalloc.v1.ReleaseResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
+	21, // 23: nsalloc.v1.FindResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
+	21, // 24: nsalloc.v1.ListCheckpointsResponse.checkpoints:type_name -> nsalloc.v1.Checkpoint
+	2,  // 25: nsalloc.v1.Handoff.Open:input_type -> nsalloc.v1.OpenRequest
+	4,  // 26: nsalloc.v1.Handoff.Confirm:input_type -> nsalloc.v1.ConfirmRequest
+	6,  // 27: nsalloc.v1.Handoff.Abort:input_type -> nsalloc.v1.AbortRequest
+	8,  // 28: nsalloc.v1.Handoff.Claim:input_type -> nsalloc.v1.ClaimRequest
+	10, // 29: nsalloc.v1.Handoff.Bind:input_type -> nsalloc.v1.BindRequest
+	12, // 30: nsalloc.v1.Handoff.Release:input_type -> nsalloc.v1.ReleaseRequest
+	14, // 31: nsalloc.v1.Handoff.Find:input_type -> nsalloc.v1.FindRequest
+	16, // 32: nsalloc.v1.Handoff.ListCheckpoints:input_type -> nsalloc.v1.ListCheckpointsRequest
+	3,  // 33: nsalloc.v1.Handoff.Open:output_type -> nsalloc.v1.OpenResponse
+	5,  // 34: nsalloc.v1.Handoff.Confirm:output_type -> nsalloc.v1.ConfirmResponse
+	7,  // 35: nsalloc.v1.Handoff.Abort:output_type -> nsalloc.v1.AbortResponse
+	9,  // 36: nsalloc.v1.Handoff.Claim:output_type -> nsalloc.v1.ClaimResponse
+	11, // 37: nsalloc.v1.Handoff.Bind:output_type -> nsalloc.v1.BindResponse
+	13, // 38: nsalloc.v1.Handoff.Release:output_type -> nsalloc.v1.ReleaseResponse
+	15, // 39: nsalloc.v1.Handoff.Find:output_type -> nsalloc.v1.FindResponse
+	17, // 40: nsalloc.v1.Handoff.ListCheckpoints:output_type -> nsalloc.v1.ListCheckpointsResponse
+	33, // [33:41] is the sub-list for method output_type
+	25, // [25:33] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_nsalloc_v1_handoff_proto_init() }
@@ -1434,7 +1577,7 @@ func file_nsalloc_v1_handoff_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nsalloc_v1_handoff_proto_rawDesc), len(file_nsalloc_v1_handoff_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   15,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,13 +19,14 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Handoff_Open_FullMethodName    = "/nsalloc.v1.Handoff/Open"
-	Handoff_Confirm_FullMethodName = "/nsalloc.v1.Handoff/Confirm"
-	Handoff_Abort_FullMethodName   = "/nsalloc.v1.Handoff/Abort"
-	Handoff_Claim_FullMethodName   = "/nsalloc.v1.Handoff/Claim"
-	Handoff_Bind_FullMethodName    = "/nsalloc.v1.Handoff/Bind"
-	Handoff_Release_FullMethodName = "/nsalloc.v1.Handoff/Release"
-	Handoff_Find_FullMethodName    = "/nsalloc.v1.Handoff/Find"
+	Handoff_Open_FullMethodName            = "/nsalloc.v1.Handoff/Open"
+	Handoff_Confirm_FullMethodName         = "/nsalloc.v1.Handoff/Confirm"
+	Handoff_Abort_FullMethodName           = "/nsalloc.v1.Handoff/Abort"
+	Handoff_Claim_FullMethodName           = "/nsalloc.v1.Handoff/Claim"
+	Handoff_Bind_FullMethodName            = "/nsalloc.v1.Handoff/Bind"
+	Handoff_Release_FullMethodName         = "/nsalloc.v1.Handoff/Release"
+	Handoff_Find_FullMethodName            = "/nsalloc.v1.Handoff/Find"
+	Handoff_ListCheckpoints_FullMethodName = "/nsalloc.v1.Handoff/ListCheckpoints"
 )
 
 // HandoffClient is the client API for Handoff service.
@@ -85,6 +86,8 @@ type HandoffClient interface {
 	// Find looks a checkpoint up by serial or by CRIU's run id, for images that lost their manifest or
 	// never had one. Callers: anyone. Errors: CHECKPOINT_NOT_FOUND (NOT_FOUND).
 	Find(ctx context.Context, in *FindRequest, opts ...grpc.CallOption) (*FindResponse, error)
+	// ListCheckpoints reads checkpoints in the order of their serials. Callers: anyone.
+	ListCheckpoints(ctx context.Context, in *ListCheckpointsRequest, opts ...grpc.CallOption) (*ListCheckpointsResponse, error)
 }
 
 type handoffClient struct {
@@ -165,6 +168,16 @@ func (c *handoffClient) Find(ctx context.Context, in *FindRequest, opts ...grpc.
 	return out, nil
 }
 
+func (c *handoffClient) ListCheckpoints(ctx context.Context, in *ListCheckpointsRequest, opts ...grpc.CallOption) (*ListCheckpointsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListCheckpointsResponse)
+	err := c.cc.Invoke(ctx, Handoff_ListCheckpoints_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // HandoffServer is the server API for Handoff service.
 // All implementations must embed UnimplementedHandoffServer
 // for forward compatibility.
@@ -222,6 +235,8 @@ type HandoffServer interface {
 	// Find looks a checkpoint up by serial or by CRIU's run id, for images that lost their manifest or
 	// never had one. Callers: anyone. Errors: CHECKPOINT_NOT_FOUND (NOT_FOUND).
 	Find(context.Context, *FindRequest) (*FindResponse, error)
+	// ListCheckpoints reads checkpoints in the order of their serials. Callers: anyone.
+	ListCheckpoints(context.Context, *ListCheckpointsRequest) (*ListCheckpointsResponse, error)
 	mustEmbedUnimplementedHandoffServer()
 }
 
@@ -252,6 +267,9 @@ func (UnimplementedHandoffServer) Release(context.Context, *ReleaseRequest) (*Re
 }
 func (UnimplementedHandoffServer) Find(context.Context, *FindRequest) (*FindResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Find not implemented")
+}
+func (UnimplementedHandoffServer) ListCheckpoints(context.Context, *ListCheckpointsRequest) (*ListCheckpointsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListCheckpoints not implemented")
 }
 func (UnimplementedHandoffServer) mustEmbedUnimplementedHandoffServer() {}
 func (UnimplementedHandoffServer) testEmbeddedByValue()                 {}
@@ -400,6 +418,24 @@ func _Handoff_Find_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Handoff_ListCheckpoints_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListCheckpointsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HandoffServer).ListCheckpoints(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Handoff_ListCheckpoints_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HandoffServer).ListCheckpoints(ctx, req.(*ListCheckpointsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Handoff_ServiceDesc is the grpc.ServiceDesc for Handoff service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -434,6 +470,10 @@ var Handoff_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Find",
 			Handler:    _Handoff_Find_Handler,
+		},
+		{
+			MethodName: "ListCheckpoints",
+			Handler:    _Handoff_ListCheckpoints_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
