@@ -1,0 +1,115 @@
+# One command builds, one tests: see `make help`, and CONTRIBUTING.md for the why.
+#
+# Tools are Go programs pinned in tools/go.mod; `go tool` builds them on first use and
+# keeps them in Go's build cache, so that nothing is installed and nothing goes stale.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+COMMANDS := $(notdir $(wildcard cmd/*))
+VERSION  := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+TOOL     := go tool -modfile=tools/go.mod
+PROTO    := $(wildcard api/proto internal/storepb)
+
+# The version comes from VERSION; without this, Go asks git too, and fails in a clone
+# that somebody else owns.
+export GOFLAGS := $(GOFLAGS) -buildvcs=false
+
+# Phases of `make test`, in order. store and e2e are apart because they take longest.
+PHASES := deps build lint check-generated unit store e2e
+STORE  := $(addsuffix /...,$(wildcard ./internal/etcd*))
+
+# command:package; e2e builds its hosts' root file systems with debootstrap.
+NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables debootstrap:debootstrap
+
+.PHONY: help build test demo deps lint generate check-generated unit store e2e clean
+.PHONY: $(COMMANDS)
+
+help: ## print this list
+	@echo "usage: make TARGET"
+	sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+build: $(COMMANDS) ## build the static binaries into bin/
+
+$(COMMANDS):
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS) -X main.version=$(VERSION)' -o bin/$@ ./cmd/$@
+
+# CRIU starts the hook for every stage of every dump: small means fast.
+nsalloc-hook: LDFLAGS := -s -w
+
+test: ## the one test command: install what is missing, lint, and run every test
+	@failed= report=
+	for phase in $(PHASES); do
+		echo "=== $$phase"
+		start=$$SECONDS result=ok
+		$(MAKE) $$phase || { result=FAILED failed+=" $$phase"; }
+		report+=$$(printf '%-16s %5d s  %s' $$phase $$((SECONDS - start)) $$result)$$'\n'
+		case $$phase:$$result in deps:FAILED|build:FAILED) break;; esac # the rest needs them
+	done
+	printf '\n=== durations\n%s' "$$report"
+	test -z "$$failed" || { echo "FAILED:$$failed"; exit 1; }
+
+demo: deps build ## build, then move a container between two hosts and watch its serials
+	bin/nsalloc demo
+
+# With CI=true whatever cannot be had is a failure; else what needs it is skipped by name.
+deps: ## install missing Debian packages (as root)
+	@missing=
+	PATH=$$PATH:/usr/sbin:/sbin
+	for need in $(NEEDS); do
+		command -v "$${need%%:*}" >/dev/null || missing+=" $${need##*:}"
+	done
+	test -n "$$missing" || { echo "deps: nothing missing"; exit 0; }
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+		export DEBIAN_FRONTEND=noninteractive
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing && exit 0
+		echo "deps: apt-get could not install:$$missing"
+	else
+		echo "deps: missing, and only root on Debian can install them here:$$missing"
+	fi
+	test "$${CI:-}" != true
+
+lint: ## buf lint and golangci-lint
+	@$(TOOL) buf lint
+	$(TOOL) golangci-lint run ./...
+
+generate: ## write the Go of every .proto beside it
+	@for dir in $(PROTO); do
+		$(TOOL) buf generate $$dir --output $$dir
+	done
+
+check-generated: ## fail when generated Go is not what its .proto gives
+	@tmp=$$(mktemp -d)
+	trap 'rm -rf "$$tmp"' EXIT
+	for dir in $(PROTO); do
+		mkdir -p "$$tmp/have/$$dir" "$$tmp/want/$$dir"
+		(cd $$dir && find . -name '*.pb.go' -exec cp --parents -t "$$tmp/have/$$dir" {} +)
+		$(TOOL) buf generate $$dir --output "$$tmp/want/$$dir"
+	done
+	cd "$$tmp"
+	diff -ru have want || { echo "generated code is stale: run make generate and commit"; exit 1; }
+
+# The race detector needs a C compiler; without one the tests still say something.
+RACE := $(shell command -v gcc >/dev/null && echo -race)
+GOTEST = $(if $(RACE),,echo "no gcc: without the race detector";) go test $(RACE) -timeout 15m
+
+unit: ## tests that need nothing but Go
+	@$(GOTEST) $$(go list ./... | grep -v -e '/internal/etcd' -e '/e2e')
+
+store: ## tests against a real etcd, which runs inside the test
+	@$(GOTEST) $(STORE)
+
+e2e: build ## real binaries, real CRIU, hosts of their own (as root)
+	@if [ "$$(id -u)" != 0 ]; then
+		echo "SKIP e2e: namespaces, mounts and CRIU need root; run as root to test them"
+		test "$${CI:-}" != true
+		exit 0
+	fi
+	export NSALLOC_BIN=$(CURDIR)/bin
+	$(GOTEST) -count=1 -v ./e2e/...
+
+clean: ## remove what a build leaves in the tree
+	rm -rf bin
