@@ -12,16 +12,16 @@ type CheckpointState string
 
 // The states of a checkpoint.
 const (
-	// Open: recorded by a dump whose end is not known yet, or that handed its sandbox off; the
+	// CheckpointOpen: recorded by a dump whose end is not known yet, or that handed its sandbox off; the
 	// images carry the sandbox on.
-	Open CheckpointState = "open"
-	// Copy: the dump was answered 0 and the source ran on, or may have: the images are a second
+	CheckpointOpen CheckpointState = "open"
+	// CheckpointCopy: the dump was answered 0 and the source ran on, or may have: the images are a second
 	// beginning, not the continuation.
-	Copy CheckpointState = "copy"
-	// Void: the dump was vetoed, so nobody may restore these images as this sandbox.
-	Void CheckpointState = "void"
-	// Consumed: a restore took the sandbox over from these images.
-	Consumed CheckpointState = "consumed"
+	CheckpointCopy CheckpointState = "copy"
+	// CheckpointVoid: the dump was vetoed, so nobody may restore these images as this sandbox.
+	CheckpointVoid CheckpointState = "void"
+	// CheckpointConsumed: a restore took the sandbox over from these images.
+	CheckpointConsumed CheckpointState = "consumed"
 )
 
 // Digest is the SHA-256 of a manifest's exact bytes.

@@ -71,7 +71,8 @@ func (k KernelID) Key(t NamespaceType) string {
 type Binding struct {
 	Serial Serial        `json:"serial"`
 	Type   NamespaceType `json:"type"`
-	// Kernel is the namespace's identity on the owner host; zero while the sandbox is in transit.
+	// Kernel is the namespace's identity on the owner host; on the last one while the sandbox is in
+	// transit or over.
 	Kernel KernelID `json:"kernel,omitzero"`
 	// Parent is the serial of the namespace that this one was cloned from; 0 when it was not.
 	Parent Serial `json:"parent,omitempty"`

@@ -36,37 +36,39 @@ type Action string
 
 // The actions of a policy.
 const (
-	// Clone: fresh serials, parents recorded.
-	Clone Action = "clone"
-	// Resume: the same serials go on.
-	Resume Action = "resume"
-	// Adopt: fresh serials and a warning.
-	Adopt Action = "adopt"
-	// Refuse: the restore is vetoed.
-	Refuse Action = "refuse"
+	// PolicyClone: fresh serials, parents recorded.
+	PolicyClone Action = "clone"
+	// PolicyResume: the same serials go on.
+	PolicyResume Action = "resume"
+	// PolicyAdopt: fresh serials and a warning.
+	PolicyAdopt Action = "adopt"
+	// PolicyRefuse: the restore is vetoed.
+	PolicyRefuse Action = "refuse"
 )
 
 // Policy says what a restore gets when it is not the straight continuation of its sandbox.
 type Policy struct {
-	// Live: images that are consumed, or a copy, while their sandbox lives: Clone or Refuse.
+	// Live: images that are consumed, or a copy, while their sandbox lives: PolicyClone or PolicyRefuse.
 	Live Action `json:"live"`
-	// Over: the current copy of a sandbox that is over: Resume, Clone or Refuse.
+	// Over: the current copy of a sandbox that is over: PolicyResume, PolicyClone or PolicyRefuse.
 	Over Action `json:"over"`
-	// Unknown: images without a manifest that the pool never heard of: Adopt or Refuse.
+	// Unknown: images without a manifest that the pool never heard of: PolicyAdopt or PolicyRefuse.
 	Unknown Action `json:"unknown"`
 }
 
 // DefaultPolicy is what a new pool has.
-func DefaultPolicy() Policy { return Policy{Live: Clone, Over: Resume, Unknown: Adopt} }
+func DefaultPolicy() Policy {
+	return Policy{Live: PolicyClone, Over: PolicyResume, Unknown: PolicyAdopt}
+}
 
 // Validate checks that each rule has one of its actions.
 func (p Policy) Validate() error {
 	switch {
-	case p.Live != Clone && p.Live != Refuse:
+	case p.Live != PolicyClone && p.Live != PolicyRefuse:
 		return invalid("policy live", fmt.Sprintf("%q is not clone or refuse", p.Live))
-	case p.Over != Resume && p.Over != Clone && p.Over != Refuse:
+	case p.Over != PolicyResume && p.Over != PolicyClone && p.Over != PolicyRefuse:
 		return invalid("policy over", fmt.Sprintf("%q is not resume, clone or refuse", p.Over))
-	case p.Unknown != Adopt && p.Unknown != Refuse:
+	case p.Unknown != PolicyAdopt && p.Unknown != PolicyRefuse:
 		return invalid("policy unknown", fmt.Sprintf("%q is not adopt or refuse", p.Unknown))
 	}
 	return nil

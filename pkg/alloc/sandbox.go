@@ -10,16 +10,16 @@ type SandboxState string
 
 // The states of a sandbox.
 const (
-	// Running: it lives on its owner host.
-	Running SandboxState = "running"
-	// Dumped: its images are complete and recorded; the source has not said yet what became of the tree.
-	Dumped SandboxState = "dumped"
-	// InTransit: the source saw the tree killed by the dump; whoever has the images may claim it.
-	InTransit SandboxState = "in_transit"
-	// Claimed: one CRIU run on the owner host is restoring it.
-	Claimed SandboxState = "claimed"
-	// Ended: its processes are gone, and not through a hand-off.
-	Ended SandboxState = "ended"
+	// StateRunning: it lives on its owner host.
+	StateRunning SandboxState = "running"
+	// StateDumped: its images are complete and recorded; the source has not said yet what became of the tree.
+	StateDumped SandboxState = "dumped"
+	// StateInTransit: the source saw the tree killed by the dump; whoever has the images may claim it.
+	StateInTransit SandboxState = "in_transit"
+	// StateClaimed: one CRIU run on the owner host is restoring it.
+	StateClaimed SandboxState = "claimed"
+	// StateEnded: its processes are gone, and not through a hand-off.
+	StateEnded SandboxState = "ended"
 )
 
 // Limits of a sandbox record.
@@ -89,7 +89,7 @@ type Claimant struct {
 // Claim is a claimant with the state that its claim goes back to when nothing ran.
 type Claim struct {
 	Claimant
-	From SandboxState `json:"from"` // InTransit or Ended
+	From SandboxState `json:"from"` // StateInTransit or StateEnded
 }
 
 // Parent says what a clone was made from.

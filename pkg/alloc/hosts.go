@@ -1,0 +1,165 @@
+package alloc
+
+import (
+	"context"
+	"fmt"
+	"maps"
+)
+
+// HelloCommand is an agent's first word.
+type HelloCommand struct {
+	RequestID   string            `json:"-"`
+	Host        string            `json:"host"`
+	BootID      string            `json:"boot_id"`
+	Incarnation Incarnation       `json:"incarnation"` // what the agent's state holds; 0 for none
+	Nonce       string            `json:"nonce"`
+	PoolUUID    string            `json:"pool_uuid"` // what the agent's state is of; "" for none
+	Labels      map[string]string `json:"labels"`
+}
+
+func (c HelloCommand) validate() error {
+	if err := ValidateName("host name", c.Host); err != nil {
+		return err
+	}
+	if err := ValidateBootID(c.BootID); err != nil {
+		return err
+	}
+	if len(c.Nonce) < 16 || len(c.Nonce) > 64 {
+		return invalid("nonce", fmt.Sprintf("it has %d bytes, 16 to 64 are allowed", len(c.Nonce)))
+	}
+	return validateLabels("host "+c.Host, c.Labels)
+}
+
+// Hello begins a life of a host's agent state, or goes on with one. The state is told by its nonce: a
+// record with the same nonce and incarnation is the same life. A state that never heard its incarnation
+// (the first answer was lost) is told by its nonce alone. Any other state is a new life: a higher
+// incarnation, and what was left of the older one's ranges is burned.
+//
+// Committed when it returns: incarnation, nonce, boot id, labels. Errors: ErrInvalid, ErrPoolMissing
+// (the state is of another pool), ErrRequestReused, ErrRequestExpired, ErrConflict, ErrUnknownOutcome.
+func (s *Service) Hello(ctx context.Context, cmd HelloCommand) (*Host, *Pool, error) {
+	if err := cmd.validate(); err != nil {
+		return nil, nil, err
+	}
+	if err := s.checkRequest(cmd.RequestID); err != nil {
+		return nil, nil, err
+	}
+	digest, err := digestOf(cmd)
+	if err != nil {
+		return nil, nil, err
+	}
+	for try := range conflictTries {
+		if try > 0 && pause(ctx, try) != nil {
+			break
+		}
+		host, pool, tx, err := s.helloPlan(ctx, cmd, digest)
+		if err != nil || len(tx.Put) == 0 {
+			return host, pool, err
+		}
+		_, err = s.store.Commit(ctx, tx)
+		if err == nil {
+			return host, pool, nil
+		}
+		// After an unknown outcome the next try finds this nonce in the record, or commits in its place.
+		if r := ReasonOf(err); r != ReasonConflict && r != ReasonUnknownOutcome {
+			return nil, nil, err
+		}
+	}
+	return nil, nil, &Error{Reason: ReasonUnknownOutcome, Subject: "host " + cmd.Host, Msg: "the store did not confirm its Hello", Fix: "say Hello again with the same nonce", RetryAfter: retrySoon}
+}
+
+func (s *Service) helloPlan(ctx context.Context, cmd HelloCommand, digest Digest) (*Host, *Pool, Tx, error) {
+	entries, _, err := s.store.Get(ctx, Key{Kind: KindPool}, HostKey(cmd.Host))
+	if err != nil {
+		return nil, nil, Tx{}, err
+	}
+	pool, err := poolOf(entries[0])
+	if err == nil {
+		err = pool.check()
+	}
+	if err != nil {
+		return nil, nil, Tx{}, err
+	}
+	if cmd.PoolUUID != "" && cmd.PoolUUID != pool.UUID {
+		return nil, nil, Tx{}, &Error{Reason: ReasonPoolMissing, Subject: "host " + cmd.Host,
+			Msg: fmt.Sprintf("its agent's state is of pool %s, this server keeps pool %s", cmd.PoolUUID, pool.UUID),
+			Fix: "point the agent at the servers of its own pool, or give it an empty state directory"}
+	}
+	var host Host
+	if known, ok := entries[1].Record.(*Host); ok {
+		host = *known
+		if found, err := marked(host.Requests, cmd.RequestID, digest); found || err != nil {
+			return &host, pool, Tx{}, err
+		}
+	}
+	goesOn := host.Incarnation != 0 && host.Nonce == cmd.Nonce && (cmd.Incarnation == host.Incarnation || cmd.Incarnation == 0)
+	if goesOn && host.BootID == cmd.BootID && maps.Equal(host.Labels, cmd.Labels) {
+		return &host, pool, Tx{}, nil
+	}
+	if !goesOn {
+		host.Name, host.Nonce, host.Granted = cmd.Host, cmd.Nonce, nil
+		host.Incarnation = host.Incarnation.next(pool.Generation)
+	}
+	host.BootID, host.Labels, host.Hello = cmd.BootID, cmd.Labels, s.now()
+	host.Requests = mark(host.Requests, cmd.RequestID, digest)
+	tx := Tx{Put: []Record{&host}}
+	for _, e := range entries {
+		tx.Guards = append(tx.Guards, Guard{Key: e.Key, Token: e.Token})
+	}
+	return &host, pool, tx, nil
+}
+
+// GrantCommand asks for a range for the caller's host.
+type GrantCommand struct {
+	Mutation
+	Count uint64 `json:"count"`
+}
+
+// Grant issues a range to a host, behind what it still holds, and returns all that it holds.
+//
+// Committed when it returns: that the range is the host's. Errors: ErrInvalid, ErrStaleIncarnation,
+// ErrHostUnknown, ErrExhausted, ErrRequestReused, ErrRequestExpired, ErrConflict, ErrUnknownOutcome.
+func (s *Service) Grant(ctx context.Context, cmd GrantCommand) (Ranges, error) {
+	if cmd.Count == 0 || cmd.Count > MaxAllocate {
+		return nil, invalid("count", fmt.Sprintf("%d is not in 1..%d", cmd.Count, MaxAllocate))
+	}
+	if err := s.checkRequest(cmd.RequestID); err != nil {
+		return nil, err
+	}
+	digest, err := digestOf(cmd)
+	if err != nil {
+		return nil, err
+	}
+	s.counter.Lock()
+	defer s.counter.Unlock()
+	var granted Ranges
+	counterKey := Key{Kind: KindCounter}
+	err = s.change(ctx, cmd.Mutation, []Key{counterKey}, func(w *world) error {
+		granted = w.host.Granted
+		if found, err := marked(w.host.Requests, cmd.RequestID, digest); found || err != nil {
+			return err
+		}
+		if len(w.host.Granted) >= MaxGrantedRanges {
+			return refuse(ReasonExhausted, "host "+cmd.Host, "it holds %d unfinished ranges", len(w.host.Granted))
+		}
+		counter, err := counterOf([]Entry{w.get[Key{Kind: KindPool}], w.get[counterKey]})
+		if err != nil {
+			return err
+		}
+		r, err := counter.take(cmd.Count)
+		if err != nil {
+			return err
+		}
+		counter.Nonce = newNonce()
+		w.host.Granted = append(append(Ranges(nil), w.host.Granted...), r)
+		w.host.Requests = mark(w.host.Requests, cmd.RequestID, digest)
+		granted = w.host.Granted
+		w.put(counter)
+		w.put(w.host)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return granted, nil
+}

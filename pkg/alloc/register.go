@@ -1,0 +1,222 @@
+package alloc
+
+import (
+	"context"
+	"fmt"
+	"slices"
+)
+
+// RegisterCommand records new sandboxes of a host and changes of those that it has, all or none.
+type RegisterCommand struct {
+	Mutation
+	// Spend is exactly the front of the host's ranges; every fresh serial of the items is in it.
+	Spend Ranges         `json:"spend"`
+	Items []RegisterItem `json:"items"`
+}
+
+// RegisterItem is one sandbox.
+type RegisterItem struct {
+	// Sandbox is spent here: a new one; else one that runs on the caller under Epoch.
+	Sandbox Serial            `json:"sandbox"`
+	Epoch   Epoch             `json:"epoch,omitempty"`
+	Add     []Binding         `json:"add,omitempty"`
+	Gone    []Serial          `json:"gone,omitempty"`
+	Labels  map[string]string `json:"labels,omitempty"`
+	OfHost  bool              `json:"of_host,omitempty"`
+	// ParentCheckpoint makes a new sandbox a clone of that checkpoint's sandbox.
+	ParentCheckpoint Serial `json:"parent_checkpoint,omitempty"`
+}
+
+// Register commits the items in one transaction.
+//
+// Committed when it returns: every item; what was spent and not used is burned. Errors: ErrInvalid,
+// ErrStaleIncarnation, ErrHostUnknown, ErrRange, ErrNotOwner, ErrStaleEpoch, ErrWrongState, ErrBound,
+// ErrSandboxNotFound, ErrCheckpointNotFound, ErrTooLarge, ErrRequestReused, ErrRequestExpired,
+// ErrConflict, ErrUnknownOutcome.
+func (s *Service) Register(ctx context.Context, cmd RegisterCommand) ([]*Sandbox, Ranges, error) {
+	if err := cmd.validate(); err != nil {
+		return nil, nil, err
+	}
+	if err := s.checkRequest(cmd.RequestID); err != nil {
+		return nil, nil, err
+	}
+	digest, err := digestOf(cmd)
+	if err != nil {
+		return nil, nil, err
+	}
+	var keys []Key
+	for _, it := range cmd.Items {
+		keys = append(keys, SandboxKey(it.Sandbox))
+		if k := CheckpointKey(it.ParentCheckpoint); it.ParentCheckpoint != 0 && !slices.Contains(keys, k) {
+			keys = append(keys, k)
+		}
+	}
+	var out []*Sandbox
+	var granted Ranges
+	err = s.change(ctx, cmd.Mutation, keys, func(w *world) error {
+		out, granted = nil, w.host.Granted
+		done, err := marked(w.host.Requests, cmd.RequestID, digest)
+		if err != nil {
+			return err
+		}
+		if !done {
+			if err := w.spend(cmd.Spend); err != nil {
+				return err
+			}
+			w.host.Requests = mark(w.host.Requests, cmd.RequestID, digest)
+			if len(cmd.Spend) == 0 {
+				w.put(w.host)
+			}
+			granted = w.host.Granted
+		}
+		for _, it := range cmd.Items {
+			if done {
+				sb, err := w.sandbox(it.Sandbox)
+				if err != nil {
+					return err
+				}
+				out = append(out, sb)
+				continue
+			}
+			sb, err := w.register(cmd, it)
+			if err != nil {
+				return err
+			}
+			w.put(sb)
+			out = append(out, sb)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	return out, granted, nil
+}
+
+// validate checks what needs no store: the shape, and that fresh serials are spent here, once each.
+func (cmd RegisterCommand) validate() error {
+	if len(cmd.Items) == 0 || len(cmd.Items) > MaxRegister {
+		return invalid("items", fmt.Sprintf("%d, 1 to %d are allowed", len(cmd.Items), MaxRegister))
+	}
+	if err := validateSpend(cmd.Spend); err != nil {
+		return err
+	}
+	used := map[Serial]bool{}
+	for _, it := range cmd.Items {
+		about := "sandbox " + it.Sandbox.String()
+		fresh := cmd.Spend.Contains(it.Sandbox)
+		switch {
+		case !it.Sandbox.Valid():
+			return invalid(about, "the serial is out of range")
+		case used[it.Sandbox]:
+			return refuse(ReasonBound, about, "its serial stands twice in the request")
+		case fresh && it.Epoch != 0:
+			return invalid(about, "a new sandbox has no epoch yet")
+		case !fresh && (it.OfHost || it.ParentCheckpoint != 0):
+			return invalid(about, "of_host and parent_checkpoint are for new sandboxes only")
+		case fresh && len(it.Gone) > 0:
+			return invalid(about, "a new sandbox has no namespaces that are gone")
+		case fresh && len(it.Add) == 0:
+			return invalid(about, "a new sandbox has at least one namespace")
+		}
+		used[it.Sandbox] = true
+		for _, b := range it.Add {
+			if !cmd.Spend.Contains(b.Serial) {
+				return invalid(about, "serial "+b.Serial.String()+" is not spent in this request")
+			}
+			if used[b.Serial] {
+				return refuse(ReasonBound, about, "serial %s stands twice in the request", b.Serial)
+			}
+			if b.Parent != 0 && it.ParentCheckpoint == 0 {
+				return invalid(about, "a binding with a parent belongs to a clone")
+			}
+			used[b.Serial] = true
+		}
+	}
+	return nil
+}
+
+func validateSpend(spend Ranges) error {
+	if len(spend) > MaxGrantedRanges {
+		return invalid("spend", fmt.Sprintf("%d ranges, %d are allowed", len(spend), MaxGrantedRanges))
+	}
+	for _, r := range spend {
+		if !r.Valid() {
+			return invalid("spend", fmt.Sprintf("range of %d from %d on is out of range", r.Count, uint64(r.First)))
+		}
+	}
+	return nil
+}
+
+// register makes or changes one sandbox.
+func (w *world) register(cmd RegisterCommand, it RegisterItem) (*Sandbox, error) {
+	if cmd.Spend.Contains(it.Sandbox) {
+		return w.newSandbox(cmd, it)
+	}
+	known, err := w.sandbox(it.Sandbox)
+	if err != nil {
+		return nil, err
+	}
+	sb := known.clone()
+	if err := sb.ownedBy(cmd.Host, it.Epoch); err != nil {
+		return nil, err
+	}
+	if sb.State != StateRunning {
+		return nil, sb.wrongState("register namespaces of it", StateRunning)
+	}
+	for _, serial := range it.Gone {
+		b, ok := sb.Binding(serial)
+		if !ok {
+			return nil, refuse(ReasonBound, subject(&sb), "serial %s is not of this sandbox", serial)
+		}
+		if b.Live() {
+			b.Gone = w.moment.Now
+		}
+	}
+	if err := sb.add(it.Add, w.host.BootID, w.moment.Now); err != nil {
+		return nil, err
+	}
+	return &sb, sb.setLabels(it.Labels)
+}
+
+func (w *world) newSandbox(cmd RegisterCommand, it RegisterItem) (*Sandbox, error) {
+	if e := w.get[SandboxKey(it.Sandbox)]; e.Token != "" {
+		return nil, refuse(ReasonBound, "sandbox "+it.Sandbox.String(), "there is one with this serial already")
+	}
+	sb := &Sandbox{
+		Serial: it.Sandbox, State: StateRunning, Owner: cmd.Host, Epoch: Epoch(0).next(w.pool.Generation),
+		OfHost: it.OfHost, Created: w.moment.Now,
+	}
+	began := beganRegistered
+	if it.ParentCheckpoint != 0 {
+		c, err := w.checkpoint(it.ParentCheckpoint)
+		if err != nil {
+			return nil, err
+		}
+		sb.Parent = &Parent{Sandbox: c.Sandbox, Checkpoint: c.Serial}
+		began = beganCloned
+	}
+	sb.openStint(cmd.Host, began, w.moment.Actor, it.ParentCheckpoint, w.moment.Now)
+	if err := sb.add(it.Add, w.host.BootID, w.moment.Now); err != nil {
+		return nil, err
+	}
+	return sb, sb.setLabels(it.Labels)
+}
+
+// EndCommand says that a running sandbox's processes were seen gone.
+type EndCommand struct {
+	Mutation
+	Sandbox Serial `json:"sandbox"`
+	Epoch   Epoch  `json:"epoch"`
+}
+
+// End records that a sandbox is over. Committed when it returns: its end. Errors as for the hand-off.
+func (s *Service) End(ctx context.Context, cmd EndCommand) (*Sandbox, error) {
+	h, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
+		return Over{Host: cmd.Host, Epoch: cmd.Epoch}, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &h.Sandbox, nil
+}
