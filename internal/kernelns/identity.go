@@ -16,7 +16,8 @@ import (
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
-// Values of include/uapi/linux/nsfs.h and include/linux/exportfs.h that x/sys does not have.
+// Values of the kernel that x/sys does not have: the first is of enum fid_type, the others of
+// include/uapi/linux/nsfs.h.
 const (
 	fileidNSFS     = 0xf1       // FILEID_NSFS: the type of an nsfs file handle
 	userNSInitIno  = 0xEFFFFFFD // USER_NS_INIT_INO, the same on every kernel since 3.8
