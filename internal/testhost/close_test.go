@@ -165,8 +165,7 @@ func TestCreatorKilled(t *testing.T) {
 	compareTraces(t, before, traces(t))
 }
 
-// hostProcesses lists the machine's processes whose root is the host's, or
-// that PID 1's descendants are.
+// hostProcesses lists PID 1 and its descendants.
 func hostProcesses(t *testing.T, initPID int) []int {
 	t.Helper()
 	children := map[int][]int{}

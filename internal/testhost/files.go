@@ -65,6 +65,22 @@ func (h *Host) WriteFile(name string, data []byte, mode fs.FileMode) error {
 	return h.put(name, strings.NewReader(string(data)), mode)
 }
 
+// MkdirAll makes a directory of the host, and those above it. A directory for
+// images must exist before runc checkpoint makes it, with 0o755: runc's own has
+// 0o600, which the root of a user namespace cannot enter, and CRIU opens some
+// of the images as that user when it restores.
+func (h *Host) MkdirAll(dir string, mode fs.FileMode) error {
+	r, err := h.root()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	if err := r.MkdirAll(inside(dir), mode); err != nil {
+		return fmt.Errorf("host %s: %w", h.name, err)
+	}
+	return nil
+}
+
 // CopyIn copies a file of the machine into the host, as WriteFile does. A
 // program that runs from the old file goes on with it.
 func (h *Host) CopyIn(src, dst string, mode fs.FileMode) error {

@@ -36,6 +36,9 @@ func TestMigrate(t *testing.T) {
 				})
 				return n
 			}
+			if err := a.MkdirAll(images, 0o755); err != nil {
+				t.Fatal(err)
+			}
 			before := counts(a, 5)
 			start := time.Now()
 			if err := a.Runc(ctx, "checkpoint", "--image-path", images, "--work-path", images+"-dump", id); err != nil {

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"time"
 	"unsafe"
@@ -122,7 +123,7 @@ func endBySignal(sig syscall.Signal) {
 	// An action of all zeros is SIG_DFL on every architecture.
 	var action [8]uintptr
 	_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(&action)), 0, 8, 0, 0)
-	_ = unix.Kill(os.Getpid(), sig)
-	time.Sleep(time.Second) // it may reach another thread first; nothing else ends this
+	runtime.LockOSThread()
+	_ = unix.Tgkill(os.Getpid(), unix.Gettid(), sig) // a signal to oneself arrives before this returns
 	os.Exit(128 + int(sig))
 }
