@@ -22,9 +22,11 @@ const (
 )
 
 // die ends a re-executed copy; its stderr is the log in the state directory.
+// Copies end by unix.Exit: os.Exit takes a second under the race detector, and
+// each command has a relay.
 func die(err error) {
 	fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[0], err)
-	os.Exit(125)
+	unix.Exit(125)
 }
 
 // enterMain waits until the creator has moved this process into its cgroups,
@@ -85,7 +87,7 @@ func initMain() {
 	_, err = receivePacket(control, &request{})
 	lastBreath()
 	fmt.Fprintf(os.Stderr, "%s: creator left (%v)\n", os.Args[0], err)
-	os.Exit(0)
+	unix.Exit(0)
 }
 
 // lastBreath kills everything else in this PID namespace, and then thaws it: a

@@ -81,13 +81,13 @@ func relayMain() {
 	switch {
 	case rep.NotFound:
 		fmt.Fprintf(os.Stderr, "testhost: %s: %s\n", filepath.Base(dir), rep.Error)
-		os.Exit(127)
+		unix.Exit(127)
 	case rep.Error != "":
 		die(errors.New(rep.Error))
 	case rep.Signal != 0:
 		endBySignal(syscall.Signal(rep.Signal))
 	}
-	os.Exit(rep.Code)
+	unix.Exit(rep.Code)
 }
 
 func forwardSignals(conn *net.UnixConn, signals <-chan os.Signal) {
@@ -125,5 +125,5 @@ func endBySignal(sig syscall.Signal) {
 	_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(&action)), 0, 8, 0, 0)
 	runtime.LockOSThread()
 	_ = unix.Tgkill(os.Getpid(), unix.Gettid(), sig) // a signal to oneself arrives before this returns
-	os.Exit(128 + int(sig))
+	unix.Exit(128 + int(sig))
 }

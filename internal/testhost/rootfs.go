@@ -172,6 +172,8 @@ func buildRootFS(ctx context.Context, dir string, log io.Writer) (err error) {
 	}
 	var said bytes.Buffer
 	cmd := relayCommand(ctx, temp, append(os.Environ(), "LC_ALL=C"), "debootstrap", args)
+	// All that it started goes too, whatever sessions that made.
+	cmd.Cancel = b.cmd.Process.Kill
 	cmd.Stdout = io.MultiWriter(log, &said)
 	cmd.Stderr = cmd.Stdout
 	if err := cmd.Run(); err != nil {
