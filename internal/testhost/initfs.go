@@ -166,10 +166,14 @@ func setBootID(cfg bootConfig) error {
 }
 
 func writeEtc(cfg bootConfig) error {
-	return errors.Join(
+	err := errors.Join(
 		os.WriteFile("/etc/hostname", []byte(cfg.Name+"\n"), 0o644),
 		os.WriteFile("/etc/hosts", []byte(cfg.Hosts), 0o644),
 		os.WriteFile("/etc/machine-id", []byte(strings.ReplaceAll(cfg.BootID, "-", "")+"\n"), 0o444),
 		os.MkdirAll("/run/lock", 0o755),
 	)
+	if err != nil {
+		return fmt.Errorf("%s is not a whole root file system: %w: RootFS makes one", cfg.RootFS, err)
+	}
+	return nil
 }

@@ -20,7 +20,7 @@ import (
 const (
 	suite        = "trixie"
 	variant      = "minbase"
-	packages     = "busybox-static,criu,crun,iproute2,iptables,nftables,procps,runc,tar"
+	packages     = "busybox-static,criu,crun,iproute2,iptables,libcriu2,nftables,procps,runc,tar"
 	recipe       = "1" // raise when the steps in buildRootFS change
 	rootFSPrefix = "rootfs-"
 	tempPrefix   = ".building-"
