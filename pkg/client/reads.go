@@ -1,0 +1,125 @@
+package client
+
+import (
+	"context"
+	"iter"
+
+	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client/wire"
+)
+
+// pageSize is what a listing asks for at once.
+const pageSize = 500
+
+// Found is a sandbox as of a revision.
+type Found struct {
+	Sandbox *alloc.Sandbox
+	// Checkpoint is the sandbox's current one; nil when it has none.
+	Checkpoint *alloc.Checkpoint
+	Revision   alloc.Revision
+}
+
+// Pool reads the pool's record.
+func (c *Client) Pool(ctx context.Context) (*alloc.Pool, alloc.Revision, error) {
+	resp, err := c.allocator.GetPool(ctx, &nsallocv1.GetPoolRequest{})
+	return wire.PoolFromWire(resp.GetPool()), alloc.Revision(resp.GetRevision()), err
+}
+
+// Sandbox finds a sandbox by its own serial, a namespace's, or a checkpoint's. A linearizable read
+// reflects everything that was committed before it; any other one may be moments behind.
+func (c *Client) Sandbox(ctx context.Context, serial alloc.Serial, linearizable bool) (Found, error) {
+	return c.find(ctx, &nsallocv1.SandboxesGetRequest{
+		By: &nsallocv1.SandboxesGetRequest_Serial{Serial: uint64(serial)}, Linearizable: linearizable})
+}
+
+// SandboxOf finds the sandbox of a live namespace of a host.
+func (c *Client) SandboxOf(ctx context.Context, host string, t alloc.NamespaceType, k alloc.KernelID, linearizable bool) (Found, error) {
+	return c.find(ctx, &nsallocv1.SandboxesGetRequest{
+		By: &nsallocv1.SandboxesGetRequest_Namespace{Namespace: &nsallocv1.HostNamespace{
+			Host: host, Type: wire.NamespaceTypeToWire(t), Kernel: wire.KernelIDToWire(k)}},
+		Linearizable: linearizable})
+}
+
+func (c *Client) find(ctx context.Context, req *nsallocv1.SandboxesGetRequest) (Found, error) {
+	resp, err := c.sandboxes.Get(ctx, req)
+	if err != nil {
+		return Found{}, err
+	}
+	return Found{wire.SandboxFromWire(resp.GetSandbox()), wire.CheckpointFromWire(resp.GetCheckpoint()), alloc.Revision(resp.GetRevision())}, nil
+}
+
+// Filter narrows a listing of sandboxes. The zero value is all.
+type Filter struct {
+	Owner        string
+	States       []alloc.SandboxState
+	Linearizable bool
+}
+
+// Sandboxes lists sandboxes in the order of their serials. An error is the last thing that it yields.
+func (c *Client) Sandboxes(ctx context.Context, f Filter) iter.Seq2[*alloc.Sandbox, error] {
+	req := &nsallocv1.SandboxesListRequest{Owner: f.Owner, PageSize: pageSize, Linearizable: f.Linearizable}
+	for _, s := range f.States {
+		req.States = append(req.States, wire.SandboxStateToWire(s))
+	}
+	return pages(func(token string) ([]*nsallocv1.Sandbox, string, error) {
+		req.PageToken = token
+		resp, err := c.sandboxes.List(ctx, req)
+		return resp.GetSandboxes(), resp.GetNextPageToken(), err
+	}, wire.SandboxFromWire)
+}
+
+// Checkpoint finds a checkpoint by its serial.
+func (c *Client) Checkpoint(ctx context.Context, serial alloc.Serial) (*alloc.Checkpoint, error) {
+	resp, err := c.handoff.Find(ctx, &nsallocv1.FindRequest{By: &nsallocv1.FindRequest_Serial{Serial: uint64(serial)}})
+	return wire.CheckpointFromWire(resp.GetCheckpoint()), err
+}
+
+// CheckpointByRun finds a checkpoint by CRIU's dump_criu_run_id.
+func (c *Client) CheckpointByRun(ctx context.Context, runID string) (*alloc.Checkpoint, error) {
+	resp, err := c.handoff.Find(ctx, &nsallocv1.FindRequest{By: &nsallocv1.FindRequest_RunId{RunId: runID}})
+	return wire.CheckpointFromWire(resp.GetCheckpoint()), err
+}
+
+// Checkpoints lists checkpoints in the order of their serials; of one sandbox, or of all for 0.
+func (c *Client) Checkpoints(ctx context.Context, sandbox alloc.Serial) iter.Seq2[*alloc.Checkpoint, error] {
+	return pages(func(token string) ([]*nsallocv1.Checkpoint, string, error) {
+		resp, err := c.handoff.ListCheckpoints(ctx, &nsallocv1.ListCheckpointsRequest{Sandbox: uint64(sandbox), PageSize: pageSize, PageToken: token})
+		return resp.GetCheckpoints(), resp.GetNextPageToken(), err
+	}, wire.CheckpointFromWire)
+}
+
+// Host reads one host.
+func (c *Client) Host(ctx context.Context, name string) (*alloc.Host, error) {
+	resp, err := c.hosts.Get(ctx, &nsallocv1.HostsGetRequest{Name: name})
+	return wire.HostFromWire(resp.GetHost()), err
+}
+
+// Hosts lists hosts in the order of their names.
+func (c *Client) Hosts(ctx context.Context) iter.Seq2[*alloc.Host, error] {
+	return pages(func(token string) ([]*nsallocv1.Host, string, error) {
+		resp, err := c.hosts.List(ctx, &nsallocv1.HostsListRequest{PageSize: pageSize, PageToken: token})
+		return resp.GetHosts(), resp.GetNextPageToken(), err
+	}, wire.HostFromWire)
+}
+
+func pages[P, D any](page func(token string) ([]*P, string, error), convert func(*P) *D) iter.Seq2[*D, error] {
+	return func(yield func(*D, error) bool) {
+		for token := ""; ; {
+			items, next, err := page(token)
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			for _, it := range items {
+				if !yield(convert(it), nil) {
+					return
+				}
+			}
+			if next == "" || next == token {
+				return
+			}
+			token = next
+		}
+	}
+}
