@@ -1,0 +1,179 @@
+package etcdstore
+
+import (
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/nsalloc/nsalloc/internal/storepb"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+)
+
+// encode is the stored value of a record. A record that could not be read back is refused here,
+// before anything is sent.
+func encode(rec alloc.Record) ([]byte, error) {
+	var e encoder
+	m := e.record(rec)
+	if e.err != nil {
+		return nil, notStorable(rec, e.err)
+	}
+	// Deterministic for people who compare dumps; tokens do not need it, they are bytes as read.
+	value, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		return nil, notStorable(rec, err)
+	}
+	if len(value) == 0 {
+		// It would be a present record with the token of an absent one.
+		return nil, notStorable(rec, fmt.Errorf("every field is zero"))
+	}
+	return value, nil
+}
+
+func notStorable(rec alloc.Record, err error) *alloc.Error {
+	return &alloc.Error{Reason: alloc.ReasonInvalid, Subject: "record " + rec.Key().String(),
+		Msg: "it cannot be stored, nothing was sent", Err: err}
+}
+
+// encoder turns domain values into messages; err is the first thing that has no stored form.
+type encoder struct{ err error }
+
+func (e *encoder) fail(format string, args ...any) {
+	if e.err == nil {
+		e.err = fmt.Errorf(format, args...)
+	}
+}
+
+func stored[D ~string, P ~int32](e *encoder, of enum[D, P], d D) P {
+	p, ok := of.stored[d]
+	if !ok {
+		e.fail("%q is not a %s", d, of.what)
+	}
+	return p
+}
+
+func (e *encoder) time(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	ts := timestamppb.New(t)
+	if err := ts.CheckValid(); err != nil {
+		e.fail("time %v: %w", t, err)
+	}
+	return ts
+}
+
+// extra puts back what decode found and did not know.
+func extra[M proto.Message](m M, unknown []byte) M {
+	if len(unknown) > 0 {
+		m.ProtoReflect().SetUnknown(unknown)
+	}
+	return m
+}
+
+func (e *encoder) record(rec alloc.Record) proto.Message {
+	switch r := rec.(type) {
+	case *alloc.Pool:
+		return e.pool(r)
+	case *alloc.Counter:
+		return extra(&storepb.Counter{Generation: uint32(r.Generation), Next: r.Next, Nonce: r.Nonce}, r.Extra)
+	case *alloc.Host:
+		return extra(&storepb.Host{
+			Name: r.Name, Incarnation: uint64(r.Incarnation), Nonce: r.Nonce, BootId: r.BootID,
+			Granted: ranges(r.Granted), Labels: r.Labels, Hello: e.time(r.Hello), Requests: marks(r.Requests),
+		}, r.Extra)
+	case *alloc.Sandbox:
+		return e.sandbox(r)
+	case *alloc.OldStint:
+		return extra(&storepb.OldStint{Sandbox: uint64(r.Sandbox), Stint: e.stint(r.Stint)}, r.Extra)
+	case *alloc.Checkpoint:
+		return extra(&storepb.Checkpoint{
+			Serial: uint64(r.Serial), State: stored(e, checkpointStates, r.State), Sandbox: uint64(r.Sandbox),
+			Epoch: uint64(r.Epoch), Source: r.Source, RunId: r.RunID, Digest: r.Digest[:],
+			Claimant: claimant(r.Claimant), Created: e.time(r.Created), Consumed: e.time(r.Consumed),
+		}, r.Extra)
+	case *alloc.Request:
+		return extra(&storepb.Request{
+			Id: r.ID, Digest: r.Digest[:], Ranges: ranges(r.Ranges), At: e.time(r.At),
+		}, r.Extra)
+	default:
+		e.fail("there is no stored form of a %T", rec)
+		return nil
+	}
+}
+
+func (e *encoder) pool(p *alloc.Pool) proto.Message {
+	if p.Format < 0 || int64(p.Format) > int64(^uint32(0)) {
+		e.fail("format %d is out of range", p.Format)
+	}
+	return extra(&storepb.Pool{
+		Uuid: p.UUID, Generation: uint32(p.Generation), State: stored(e, poolStates, p.State),
+		Policy: &storepb.Policy{
+			Live:    stored(e, actions, p.Policy.Live),
+			Over:    stored(e, actions, p.Policy.Over),
+			Unknown: stored(e, actions, p.Policy.Unknown),
+		},
+		Format: uint32(p.Format), Nonce: p.Nonce,
+	}, p.Extra)
+}
+
+func (e *encoder) sandbox(s *alloc.Sandbox) proto.Message {
+	m := &storepb.Sandbox{
+		Serial: uint64(s.Serial), State: stored(e, sandboxStates, s.State), Owner: s.Owner, Epoch: uint64(s.Epoch),
+		OfHost: s.OfHost, Labels: s.Labels, Checkpoint: uint64(s.Checkpoint), Created: e.time(s.Created),
+		Requests: marks(s.Requests),
+	}
+	for _, b := range s.Bindings {
+		m.Bindings = append(m.Bindings, e.binding(b))
+	}
+	for _, st := range s.Stints {
+		m.Stints = append(m.Stints, e.stint(st))
+	}
+	if c := s.Claim; c != nil {
+		m.Claim = &storepb.Claim{Claimant: claimant(&c.Claimant), From: stored(e, sandboxStates, c.From)}
+	}
+	if p := s.Parent; p != nil {
+		m.Parent = &storepb.Parent{Sandbox: uint64(p.Sandbox), Checkpoint: uint64(p.Checkpoint)}
+	}
+	return extra(m, s.Extra)
+}
+
+func (e *encoder) binding(b alloc.Binding) *storepb.Binding {
+	m := &storepb.Binding{
+		Serial: uint64(b.Serial), Type: stored(e, namespaceTypes, b.Type), Parent: uint64(b.Parent),
+		Bound: e.time(b.Bound), Gone: e.time(b.Gone),
+	}
+	if k := b.Kernel; !k.IsZero() {
+		m.Kernel = &storepb.KernelID{BootId: k.BootID, Id: k.ID, Inode: k.Inode, Weak: k.Weak}
+	}
+	return extra(m, b.Extra)
+}
+
+func (e *encoder) stint(s alloc.Stint) *storepb.Stint {
+	return extra(&storepb.Stint{
+		Host: s.Host, Epoch: uint64(s.Epoch), From: e.time(s.From), To: e.time(s.To),
+		Began: s.Began, Over: s.Over, Checkpoint: uint64(s.Checkpoint), Actor: s.Actor,
+	}, s.Extra)
+}
+
+func claimant(c *alloc.Claimant) *storepb.Claimant {
+	if c == nil {
+		return nil
+	}
+	return &storepb.Claimant{Host: c.Host, BootId: c.BootID, Run: c.Run}
+}
+
+func ranges(rs alloc.Ranges) (ms []*storepb.Range) {
+	for _, r := range rs {
+		ms = append(ms, &storepb.Range{First: uint64(r.First), Count: r.Count})
+	}
+	return ms
+}
+
+func marks(rs []alloc.RequestMark) (ms []*storepb.RequestMark) {
+	for i := range rs {
+		ms = append(ms, &storepb.RequestMark{Id: rs[i].ID, Digest: rs[i].Digest[:]})
+	}
+	return ms
+}
