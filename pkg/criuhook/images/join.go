@@ -16,7 +16,7 @@ type Process struct {
 	// VPIDs is the line NSpid of /proc/PID/status: the process's pids from the reader's PID namespace
 	// inwards.
 	VPIDs []int
-	// Namespaces is empty for a zombie.
+	// Namespaces need not be there for a zombie (the kernel still shows two of its links).
 	Namespaces map[alloc.NamespaceType]alloc.KernelID
 }
 
@@ -78,7 +78,9 @@ type Namespace struct {
 	ID ID
 	// OfHost: the dumping CRIU was in it too, so its serial does not move. Kernel is then the reader's
 	// host's own, but not always: CRIU (4.1, 4.2) restores a tree from the host's time namespace into a
-	// new one. Whoever restores compares Kernel with what the host is in.
+	// new one. Nor is Kernel always another than the host's where OfHost is false: with
+	// --manage-cgroups=ignore CRIU restores no cgroup namespace, and the tree is left in its own. So
+	// whoever restores compares Kernel with what the host is in.
 	OfHost bool
 	// External: CRIU was told to join it, not to restore it; Set.External has the key.
 	External bool

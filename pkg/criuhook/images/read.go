@@ -36,7 +36,7 @@ const (
 
 // Magic numbers of CRIU's images (criu/include/magic.h; go-criu's package magic has the same).
 const (
-	magicCommon    = 0x54564319 // every image since CRIU 1.4 starts with it, then with its own
+	magicCommon    = 0x54564319 // most images start with it, then with their own; inventory.img does not
 	magicInventory = 0x58313116
 	magicPSTree    = 0x50273030
 	magicIDs       = 0x54432030
@@ -125,7 +125,7 @@ func read(src source) (*Set, error) {
 		}
 	}
 	if s.Root().Dead() {
-		return nil, fmt.Errorf("%s: %w", idsName(s.Root()), ErrIncomplete)
+		return nil, fmt.Errorf("%s: it is missing, and CRIU dumps no tree whose root is dead: %w", idsName(s.Root()), ErrIncomplete)
 	}
 	r.sum.Sum(s.Digest[:0])
 	return s, r.external(s)
@@ -188,7 +188,7 @@ func idsName(t Task) string { return "ids-" + strconv.Itoa(t.VPID) + ".img" }
 func (r *reader) ids(t *Task) error {
 	name := idsName(*t)
 	entries, err := r.image(name, magicIDs, maxImage)
-	if errors.Is(err, ErrIncomplete) {
+	if errors.Is(err, os.ErrNotExist) {
 		return nil // a zombie (dump_one_zombie writes a core image and no more)
 	}
 	if err != nil {
@@ -275,7 +275,7 @@ func (r *reader) image(name string, magic uint32, max int64) ([][]byte, error) {
 	return split(name, b, magic)
 }
 
-// split takes an image apart: two magic numbers, then entries of a 32-bit size and a message. go-criu's
+// split takes an image apart: one or two magic numbers, then entries of a 32-bit size and a message. go-criu's
 // crit does that too, but makes a buffer of up to 4 GiB on the word of a size field, and does not notice
 // a short read.
 func split(name string, b []byte, magic uint32) ([][]byte, error) {
