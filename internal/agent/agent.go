@@ -1,0 +1,287 @@
+// Package agent is the daemon of a host: it knows which namespace is which, numbers those that have
+// no serial yet, answers CRIU's hook, and tells the pool what it saw.
+//
+// # Who knows what
+//
+// The store is the truth about serials and owners; the kernel is the truth about what lives. The agent
+// keeps neither: its book is a copy of the pool's records for this host, refreshed by every answer,
+// and read anew when a request's outcome is unknown. What it must remember by itself is on its disk
+// before it matters: its identity (state.go) and what it promised CRIU (run.go).
+//
+// # Order of events
+//
+// Everything that spends serials goes through one registrar (registrar.go), so that two parts of
+// the agent never number one namespace twice. Hook actions of one CRIU run are handled one after the
+// other; different runs do not wait for each other.
+//
+// # What happens when it dies
+//
+// Nothing lives in memory alone that ownership rests on. A new agent says Hello as the same life,
+// reads its sandboxes, opens the runs on its disk again and settles each by looking at the processes:
+// the same code path as when CRIU goes while the agent runs (settle.go).
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/nsalloc/nsalloc/internal/kernelns"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+)
+
+// Pool is what the agent needs of the pool's servers. The host and the request id in each command are
+// the implementation's to fill in: one id for one call, however often it has to be sent.
+type Pool interface {
+	Hello(ctx context.Context, cmd alloc.HelloCommand) (*alloc.Host, *alloc.Pool, error)
+	Grant(ctx context.Context, cmd alloc.GrantCommand) (alloc.Ranges, error)
+	Register(ctx context.Context, cmd alloc.RegisterCommand) ([]*alloc.Sandbox, alloc.Ranges, error)
+	End(ctx context.Context, cmd alloc.EndCommand) (*alloc.Sandbox, error)
+	Open(ctx context.Context, cmd alloc.OpenCommand) (alloc.Handoff, error)
+	Confirm(ctx context.Context, cmd alloc.ConfirmCommand) (alloc.Handoff, error)
+	Abort(ctx context.Context, cmd alloc.AbortCommand) (alloc.Handoff, error)
+	Claim(ctx context.Context, cmd alloc.ClaimCommand) (alloc.ClaimAnswer, error)
+	Bind(ctx context.Context, cmd alloc.BindCommand) (alloc.Handoff, alloc.Ranges, error)
+	Release(ctx context.Context, cmd alloc.ReleaseCommand) (alloc.Handoff, error)
+
+	// GetPool reads the pool's record.
+	GetPool(ctx context.Context) (*alloc.Pool, error)
+	// Owned reads the sandboxes that host owns and that run, or are dumped or claimed, as of everything
+	// committed before the call.
+	Owned(ctx context.Context, host string) ([]*alloc.Sandbox, error)
+	// Sandbox reads one sandbox, as of everything committed before the call.
+	Sandbox(ctx context.Context, serial alloc.Serial) (*alloc.Sandbox, *alloc.Checkpoint, error)
+	// FindRun finds a checkpoint by CRIU's run id; alloc.ErrCheckpointNotFound when there is none.
+	FindRun(ctx context.Context, runID string) (*alloc.Checkpoint, error)
+}
+
+// Config is how an agent is set up.
+type Config struct {
+	// Host is the host's name in the pool.
+	Host string
+	// StateDir is where the agent keeps what it must remember. It is made if missing, for root only.
+	StateDir string
+	// HookSocket and AgentSocket are the paths of the two unix sockets.
+	HookSocket  string
+	AgentSocket string
+	// SweepInterval is the pause between two sweeps of /proc.
+	SweepInterval time.Duration
+	// Labels are what the pool is told of the host.
+	Labels map[string]string
+	// Version is the agent's own, for Status.
+	Version string
+	Log     *slog.Logger
+	// Ready is called once both sockets listen; it may be nil.
+	Ready func()
+}
+
+// Agent is a running daemon. Make it with New and run it once.
+type Agent struct {
+	cfg    Config
+	log    *slog.Logger
+	kernel *kernelns.Kernel
+	pool   Pool
+	state  *stateDir
+	exits  *kernelns.Exits[watched]
+	host   map[alloc.NamespaceType]alloc.KernelID // of PID 1, read at start
+
+	registrar *registrar
+	book      *book
+	runs      *runs
+
+	kick      chan struct{} // asks for a sweep now; holds one
+	settleNow chan *run     // asks for a run to be settled now
+	swept     atomic.Pointer[time.Time]
+	trouble   atomic.Pointer[string] // why the pool is not reached; nil when it is
+	poolRec   atomic.Pointer[alloc.Pool]
+	joined    chan struct{} // closed after the first Hello and the first reading of our sandboxes
+	joinOnce  sync.Once
+}
+
+// New prepares an agent: it reads its state, which must be this host's, and looks at the kernel. The
+// error says what is wrong with the state and what to do.
+func New(cfg Config, pool Pool) (*Agent, error) {
+	if err := alloc.ValidateName("host name", cfg.Host); err != nil {
+		return nil, err
+	}
+	if cfg.SweepInterval <= 0 {
+		return nil, fmt.Errorf("sweep interval %v must be positive", cfg.SweepInterval)
+	}
+	kernel, err := kernelns.Open("/proc")
+	if err != nil {
+		return nil, err
+	}
+	host, err := kernel.Host()
+	if err != nil {
+		return nil, fmt.Errorf("read the host's own namespaces: %w; the agent runs as root in the host's PID and mount namespaces", err)
+	}
+	state, err := openState(cfg.StateDir, cfg.Host)
+	if err != nil {
+		return nil, err
+	}
+	exits, err := kernelns.NewExits[watched]()
+	if err != nil {
+		state.Close()
+		return nil, err
+	}
+	a := &Agent{
+		cfg: cfg, log: cfg.Log, kernel: kernel, pool: pool, state: state, exits: exits, host: host,
+		book: newBook(), kick: make(chan struct{}, 1), settleNow: make(chan *run, 16), joined: make(chan struct{}),
+	}
+	a.registrar = newRegistrar(a)
+	a.runs = newRuns(a)
+	return a, nil
+}
+
+// Run works until ctx ends, and returns nil then; or until a part fails, and returns why.
+func (a *Agent) Run(ctx context.Context) error {
+	defer a.state.Close()
+	defer a.exits.Close()
+	hook, err := listenHook(a.cfg.HookSocket)
+	if err != nil {
+		return err
+	}
+	defer hook.Close()
+	local, err := listenLocal(a.cfg.AgentSocket)
+	if err != nil {
+		return err
+	}
+	defer local.Close()
+	if err := a.runs.load(); err != nil {
+		return err
+	}
+	a.log.Info("agent started", "host", a.cfg.Host, "boot_id", a.kernel.BootID(), "hook_socket", a.cfg.HookSocket, "agent_socket", a.cfg.AgentSocket,
+		"kernel_ids", a.kernel.Features().KernelIDs)
+	if err := a.kernel.Features().Liveness; err != nil {
+		a.log.Warn("namespaces without a process cannot be told alive from gone", "cause", err)
+	}
+	if a.cfg.Ready != nil {
+		a.cfg.Ready()
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	for _, part := range []struct {
+		name string
+		run  func(context.Context) error
+	}{
+		{"join", a.stayJoined},
+		{"sweep", a.sweepLoop},
+		{"exits", a.watchExits},
+		{"settle", a.settleLoop},
+		{"hook", func(ctx context.Context) error { return a.serveHook(ctx, hook) }},
+		{"local", func(ctx context.Context) error { return a.serveLocal(ctx, local) }},
+	} {
+		g.Go(func() error {
+			if err := part.run(ctx); err != nil && ctx.Err() == nil {
+				return fmt.Errorf("%s: %w", part.name, err)
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+const (
+	// helloPause is the pause between two tries to reach the pool, and between two looks at its record.
+	helloPause = time.Second
+	// rereadAfter is how old our copy of the pool's records may get. It is kept by every answer; reading it
+	// anew finds what an answer that was lost, and a request that got through late, have changed.
+	rereadAfter = 30 * time.Second
+	// callTimeout bounds a call to the pool that nobody waits for with a deadline of their own.
+	callTimeout = 5 * time.Second
+)
+
+// stayJoined says Hello until it is answered, reads what is ours, and from then on keeps an eye on
+// the pool's record.
+func (a *Agent) stayJoined(ctx context.Context) error {
+	t := time.NewTicker(helloPause)
+	defer t.Stop()
+	for {
+		err := a.lookAtPool(ctx)
+		if err != nil && ctx.Err() == nil {
+			text := err.Error()
+			if old := a.trouble.Swap(&text); old == nil || *old != text {
+				a.log.Warn("the pool is not reached; what needs it waits", "cause", err)
+			}
+		} else if err == nil && a.trouble.Swap(nil) != nil {
+			a.log.Info("the pool is reached again")
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+	}
+}
+
+func (a *Agent) lookAtPool(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if !a.isJoined() || a.registrar.stale.Load() || time.Since(a.registrar.readAt()) > rereadAfter {
+		return a.registrar.join(ctx)
+	}
+	pool, err := a.pool.GetPool(ctx)
+	if err != nil {
+		return err
+	}
+	a.poolRec.Store(pool)
+	return nil
+}
+
+func (a *Agent) isJoined() bool {
+	select {
+	case <-a.joined:
+		return true
+	default:
+		return false
+	}
+}
+
+// waitJoined waits until the agent knows its sandboxes.
+func (a *Agent) waitJoined(ctx context.Context) error {
+	select {
+	case <-a.joined:
+		return nil
+	case <-ctx.Done():
+		cause := "no server has answered yet"
+		if t := a.trouble.Load(); t != nil {
+			cause = *t
+		}
+		return &alloc.Error{Reason: alloc.ReasonUnavailable, Subject: "host " + a.cfg.Host, Msg: "the agent has not reached its pool",
+			Fix: "see that nsalloc-server runs and that `server` in agent.yaml names it", Err: errors.New(cause)}
+	}
+}
+
+// sweepSoon asks for a sweep without waiting for it.
+func (a *Agent) sweepSoon() {
+	select {
+	case a.kick <- struct{}{}:
+	default: // one is asked for already
+	}
+}
+
+// bootID is the boot that this agent runs on.
+func (a *Agent) bootID() string { return a.kernel.BootID() }
+
+// DefaultLabels says of a host what the kernel tells.
+func DefaultLabels() map[string]string {
+	labels := map[string]string{}
+	if b, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
+		labels["kernel"] = string(b[:max(0, len(b)-1)])
+	}
+	return labels
+}
+
+// poolUUID names the pool; "" before the first Hello was answered.
+func (a *Agent) poolUUID() string {
+	if p := a.poolRec.Load(); p != nil {
+		return p.UUID
+	}
+	return ""
+}

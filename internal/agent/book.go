@@ -1,0 +1,117 @@
+package agent
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+)
+
+// book is the agent's copy of the pool's records for this host: the sandboxes that it owns and that
+// are not over, found by serial and by live namespace.
+type book struct {
+	mu        sync.RWMutex
+	sandboxes map[alloc.Serial]*alloc.Sandbox // records are replaced, never changed
+	byKernel  map[string]place                // alloc.KernelID.Key of every live binding of running and dumped sandboxes
+}
+
+// place is where a live namespace stands.
+type place struct {
+	sandbox alloc.Serial
+	binding alloc.Binding
+}
+
+func newBook() *book {
+	return &book{sandboxes: map[alloc.Serial]*alloc.Sandbox{}, byKernel: map[string]place{}}
+}
+
+// put replaces a sandbox's record; one that host does not own, or that is over, leaves the book.
+func (b *book) put(host string, s *alloc.Sandbox) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.drop(s.Serial)
+	if s.Owner != host || s.State == alloc.StateEnded || s.State == alloc.StateInTransit {
+		return
+	}
+	b.sandboxes[s.Serial] = s
+	if s.State != alloc.StateRunning && s.State != alloc.StateDumped {
+		return
+	}
+	for _, bd := range s.Bindings {
+		if bd.Live() {
+			b.byKernel[bd.Kernel.Key(bd.Type)] = place{s.Serial, bd}
+		}
+	}
+}
+
+// drop forgets a sandbox; by the holder of mu.
+func (b *book) drop(serial alloc.Serial) {
+	old := b.sandboxes[serial]
+	if old == nil {
+		return
+	}
+	for _, bd := range old.Bindings {
+		if key := bd.Kernel.Key(bd.Type); b.byKernel[key].sandbox == serial {
+			delete(b.byKernel, key)
+		}
+	}
+	delete(b.sandboxes, serial)
+}
+
+// replace makes the book exactly list.
+func (b *book) replace(host string, list []*alloc.Sandbox) {
+	b.mu.Lock()
+	b.sandboxes, b.byKernel = map[alloc.Serial]*alloc.Sandbox{}, map[string]place{}
+	b.mu.Unlock()
+	for _, s := range list {
+		b.put(host, s)
+	}
+}
+
+// find looks a live namespace up.
+func (b *book) find(t alloc.NamespaceType, k alloc.KernelID) (place, bool) {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	p, ok := b.byKernel[k.Key(t)]
+	return p, ok
+}
+
+// sandbox is the record under a serial, or nil.
+func (b *book) sandbox(serial alloc.Serial) *alloc.Sandbox {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	return b.sandboxes[serial]
+}
+
+// all lists the records in the order of their serials.
+func (b *book) all() []*alloc.Sandbox {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	list := make([]*alloc.Sandbox, 0, len(b.sandboxes))
+	for _, s := range b.sandboxes {
+		list = append(list, s)
+	}
+	slices.SortFunc(list, func(x, y *alloc.Sandbox) int { return cmp.Compare(x.Serial, y.Serial) })
+	return list
+}
+
+// ofHost is the host's own sandbox of this boot, or nil.
+func (b *book) ofHost(bootID string) *alloc.Sandbox {
+	for _, s := range b.all() {
+		if s.OfHost && s.State == alloc.StateRunning && bootOf(s) == bootID {
+			return s
+		}
+	}
+	return nil
+}
+
+// bootOf is the boot that a sandbox's live namespaces are of; "" when it has none.
+func bootOf(s *alloc.Sandbox) string {
+	for _, b := range s.Bindings {
+		if b.Live() {
+			return b.Kernel.BootID
+		}
+	}
+	return ""
+}

@@ -1,0 +1,247 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"net"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/internal/kernelns"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client/wire"
+)
+
+// maxPIDs is how many pids of a namespace an answer names.
+const maxPIDs = 16
+
+// listenLocal opens the socket of the local service, for root only.
+func listenLocal(path string) (*net.UnixListener, error) { return listenUnix("unix", path) }
+
+// serveLocal serves nsalloc.v1.Agent.
+func (a *Agent) serveLocal(ctx context.Context, l *net.UnixListener) error {
+	s := grpc.NewServer(
+		grpc.Creds(rootOnly{}), grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(64), grpc.ConnectionTimeout(5*time.Second),
+		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
+			resp, err := h(ctx, req)
+			if err != nil {
+				err = wire.Status(err).Err()
+			}
+			return resp, err
+		}),
+	)
+	nsallocv1.RegisterAgentServer(s, &local{a: a})
+	stop := context.AfterFunc(ctx, s.Stop)
+	defer stop()
+	if err := s.Serve(l); err != nil && ctx.Err() == nil {
+		return err
+	}
+	return nil
+}
+
+// rootOnly refuses every peer but root, also where the socket's mode was changed.
+type rootOnly struct{}
+
+func (rootOnly) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return nil, nil, errors.New("not a unix socket")
+	}
+	if _, err := peerOf(u); err != nil {
+		return nil, nil, err
+	}
+	return c, peerInfo{}, nil
+}
+
+func (rootOnly) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("this side only serves")
+}
+func (rootOnly) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "peercred"}
+}
+func (rootOnly) Clone() credentials.TransportCredentials { return rootOnly{} }
+func (rootOnly) OverrideServerName(string) error         { return nil }
+
+type peerInfo struct{}
+
+func (peerInfo) AuthType() string { return "peercred" }
+
+type local struct {
+	nsallocv1.UnimplementedAgentServer
+	a *Agent
+}
+
+// Status says how the agent does.
+func (l *local) Status(context.Context, *nsallocv1.StatusRequest) (*nsallocv1.StatusResponse, error) {
+	a := l.a
+	resp := &nsallocv1.StatusResponse{
+		Host: a.cfg.Host, BootId: a.bootID(), Connected: a.isJoined(), Version: a.cfg.Version,
+		KernelIds: a.kernel.Features().KernelIDs, HookSocket: a.cfg.HookSocket,
+		Incarnation: a.registrar.life.Load(), Granted: a.registrar.left.Load(),
+	}
+	if t := a.trouble.Load(); t != nil {
+		resp.Connected, resp.Trouble = false, *t
+	}
+	if p := a.poolRec.Load(); p != nil {
+		resp.Pool = wire.PoolToWire(p)
+	}
+	if t := a.swept.Load(); t != nil {
+		resp.Swept = timestamppb.New(*t)
+	}
+	for _, s := range a.book.all() {
+		if s.State != alloc.StateRunning && s.State != alloc.StateDumped {
+			continue
+		}
+		resp.Sandboxes++
+		for _, b := range s.Bindings {
+			if b.Live() {
+				resp.Namespaces++
+			}
+		}
+	}
+	return resp, nil
+}
+
+// residents says which pids are in which namespace.
+func (a *Agent) residents(ctx context.Context) (map[string][]kernelns.Process, error) {
+	procs, err := a.kernel.Sweep(ctx)
+	if err != nil {
+		return nil, err
+	}
+	in := map[string][]kernelns.Process{}
+	for _, p := range procs { // in order of pid
+		for t, k := range p.Namespaces {
+			in[k.Key(t)] = append(in[k.Key(t)], p)
+		}
+	}
+	return in, nil
+}
+
+func (a *Agent) liveNamespace(s *alloc.Sandbox, b alloc.Binding, in map[string][]kernelns.Process) *nsallocv1.LiveNamespace {
+	n := &nsallocv1.LiveNamespace{Binding: wire.BindingToWire(b), Sandbox: uint64(s.Serial), OfHost: s.OfHost}
+	for i, p := range in[b.Kernel.Key(b.Type)] {
+		if i == 0 {
+			n.Command = p.Comm
+		}
+		if i < maxPIDs {
+			n.Pids = append(n.Pids, int32(p.PID))
+		}
+	}
+	return n
+}
+
+// ListNamespaces reads what lives here and has a serial.
+func (l *local) ListNamespaces(ctx context.Context, req *nsallocv1.ListNamespacesRequest) (*nsallocv1.ListNamespacesResponse, error) {
+	in, err := l.a.residents(ctx)
+	if err != nil {
+		return nil, err
+	}
+	resp := &nsallocv1.ListNamespacesResponse{}
+	for _, s := range l.a.book.all() {
+		if req.GetSandbox() != 0 && alloc.Serial(req.GetSandbox()) != s.Serial || s.State == alloc.StateClaimed {
+			continue
+		}
+		bindings := slices.Clone(s.Bindings)
+		order := alloc.NamespaceTypes()
+		slices.SortFunc(bindings, func(x, y alloc.Binding) int {
+			return cmp.Or(cmp.Compare(slices.Index(order, x.Type), slices.Index(order, y.Type)), cmp.Compare(x.Serial, y.Serial))
+		})
+		for _, b := range bindings {
+			if b.Live() && b.Kernel.BootID == l.a.bootID() {
+				resp.Namespaces = append(resp.Namespaces, l.a.liveNamespace(s, b, in))
+			}
+		}
+	}
+	return resp, nil
+}
+
+// Identify answers which namespaces a process is in; what has no serial yet is registered first.
+func (l *local) Identify(ctx context.Context, req *nsallocv1.IdentifyRequest) (*nsallocv1.IdentifyResponse, error) {
+	a := l.a
+	p, err := a.kernel.Process(int(req.GetPid()))
+	if err != nil {
+		if isGone(err) {
+			return nil, &alloc.Error{Reason: alloc.ReasonProcessNotFound, Subject: "process", Msg: err.Error(), Fix: "name a pid of the host's PID namespace"}
+		}
+		return nil, err
+	}
+	if err := a.numberProcess(ctx, p); err != nil {
+		return nil, err
+	}
+	in, err := a.residents(ctx)
+	if err != nil {
+		return nil, err
+	}
+	resp := &nsallocv1.IdentifyResponse{}
+	for _, t := range alloc.NamespaceTypes() {
+		k, ok := p.Namespaces[t]
+		if !ok {
+			continue
+		}
+		place, ok := a.book.find(t, k)
+		if !ok {
+			return nil, &alloc.Error{Reason: alloc.ReasonUnavailable, Msg: "the process belongs to a restore that is under way", Fix: "ask again when it is over", RetryAfter: time.Second}
+		}
+		if s := a.book.sandbox(place.sandbox); s != nil {
+			resp.Namespaces = append(resp.Namespaces, a.liveNamespace(s, place.binding, in))
+		}
+	}
+	return resp, nil
+}
+
+// numberProcess registers what a process has and nobody numbered yet.
+func (a *Agent) numberProcess(ctx context.Context, p kernelns.Process) error {
+	known := true
+	for t, k := range p.Namespaces {
+		if _, ok := a.book.find(t, k); !ok {
+			known = false
+		}
+	}
+	if known {
+		return nil
+	}
+	procs, err := a.kernel.Sweep(ctx)
+	if err != nil {
+		return err
+	}
+	done, err := a.registrar.hold(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if err := a.numberHost(ctx); err != nil {
+		return err
+	}
+	for _, g := range a.groups(leaveOut(procs, a.runs.building())) {
+		if slices.ContainsFunc(g.procs, func(q kernelns.Process) bool { return q.PID == p.PID && q.StartTime == p.StartTime }) {
+			_, err := a.numberTree(ctx, g.root, g.procs, false)
+			return err
+		}
+	}
+	return nil
+}
+
+// ListRuns reads the CRIU runs that are not forgotten.
+func (l *local) ListRuns(context.Context, *nsallocv1.ListRunsRequest) (*nsallocv1.ListRunsResponse, error) {
+	resp := &nsallocv1.ListRunsResponse{}
+	for _, rec := range l.a.runs.list() {
+		if len(resp.Runs) == keepRuns {
+			break
+		}
+		r := &nsallocv1.Run{
+			Key: runKey(rec.CRIUPID, rec.CRIUStart), Kind: string(rec.Phase), CriuPid: int32(rec.CRIUPID), Action: string(rec.Last),
+			Sandbox: uint64(rec.Sandbox), Checkpoint: uint64(rec.Checkpoint), Outcome: rec.Outcome, Vetoed: rec.Closed, Began: timestamppb.New(rec.Began),
+		}
+		if !rec.Over.IsZero() {
+			r.Over = timestamppb.New(rec.Over)
+		}
+		resp.Runs = append(resp.Runs, r)
+	}
+	return resp, nil
+}

@@ -1,0 +1,195 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+)
+
+const (
+	// lowWater is how many serials are left when another range is asked for.
+	lowWater = 512
+	// grantSize is how many are asked for.
+	grantSize = 4096
+)
+
+// registrar is the one place that spends serials of this host. Who holds it has the book to itself:
+// what the book does not know is unnumbered, and stays so until the holder numbers it.
+type registrar struct {
+	a      *Agent
+	turn   chan struct{} // holds one token: a lock that can be waited for with a deadline
+	ranges alloc.Ranges  // what is left to spend; by whoever holds turn
+	id     identity      // by whoever holds turn
+	stale  atomic.Bool   // the pool's records must be read anew before anything is spent
+	read   atomic.Int64  // when they were, in Unix nanoseconds
+	left   atomic.Uint64 // ranges.Count(), for readers
+	life   atomic.Uint64 // id.Incarnation, for readers
+}
+
+func newRegistrar(a *Agent) *registrar {
+	r := &registrar{a: a, turn: make(chan struct{}, 1)}
+	r.turn <- struct{}{}
+	return r
+}
+
+// hold takes the turn. The returned function gives it back.
+func (r *registrar) hold(ctx context.Context) (func(), error) {
+	if err := r.a.waitJoined(ctx); err != nil {
+		return nil, err
+	}
+	select {
+	case <-r.turn:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("another registration is under way: %w", context.Cause(ctx))
+	}
+	if r.stale.Load() {
+		if err := r.joinHeld(ctx); err != nil {
+			r.turn <- struct{}{}
+			return nil, err
+		}
+	}
+	return func() { r.turn <- struct{}{} }, nil
+}
+
+// join says Hello and reads what is ours.
+func (r *registrar) join(ctx context.Context) error {
+	select {
+	case <-r.turn:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { r.turn <- struct{}{} }()
+	return r.joinHeld(ctx)
+}
+
+// joinHeld is join for the holder of the turn. Dying on any line of it leaves a state that says Hello
+// as the same life again: the nonce was durable before it was said first.
+func (r *registrar) joinHeld(ctx context.Context) error {
+	a := r.a
+	id, err := a.state.identity()
+	if err != nil {
+		return err
+	}
+	host, pool, err := a.pool.Hello(ctx, alloc.HelloCommand{
+		Host: a.cfg.Host, BootID: a.bootID(), Incarnation: id.Incarnation, Nonce: id.Nonce, PoolUUID: id.Pool, Labels: a.cfg.Labels,
+	})
+	if err != nil {
+		return err
+	}
+	if id.Pool != pool.UUID || id.Incarnation != host.Incarnation {
+		if id.Incarnation != 0 {
+			a.log.Warn("this host got a new incarnation: its agent's state was lost or taken over elsewhere", "old", id.Incarnation, "new", host.Incarnation)
+		}
+		id.Pool, id.Incarnation = pool.UUID, host.Incarnation
+		if err := a.state.putIdentity(id); err != nil {
+			return err
+		}
+	}
+	owned, err := a.pool.Owned(ctx, a.cfg.Host)
+	if err != nil {
+		return err
+	}
+	r.id = id
+	r.life.Store(uint64(id.Incarnation))
+	r.spent(host.Granted)
+	a.poolRec.Store(pool)
+	a.book.replace(a.cfg.Host, owned)
+	r.stale.Store(false)
+	r.read.Store(time.Now().UnixNano())
+	a.joinOnce.Do(func() {
+		a.log.Info("joined the pool", "pool", pool.UUID, "incarnation", host.Incarnation, "sandboxes", len(owned))
+		close(a.joined)
+	})
+	a.sweepSoon()
+	return nil
+}
+
+// readAt is when the pool's records were read anew.
+func (r *registrar) readAt() time.Time { return time.Unix(0, r.read.Load()) }
+
+// mutation heads every command of this host.
+func (r *registrar) mutation() alloc.Mutation {
+	return alloc.Mutation{Host: r.a.cfg.Host, Incarnation: r.id.Incarnation}
+}
+
+// take sets aside n serials for one command; by the holder. Nothing is spent until that command
+// commits: it names them, and the pool compares.
+func (r *registrar) take(ctx context.Context, n int) (spend alloc.Ranges, serials []alloc.Serial, err error) {
+	if r.ranges.Count() < uint64(n)+lowWater {
+		granted, err := r.a.pool.Grant(ctx, alloc.GrantCommand{Mutation: r.mutation(), Count: max(grantSize, uint64(n))})
+		switch {
+		case err == nil:
+			r.spent(granted)
+		case r.ranges.Count() < uint64(n):
+			return nil, nil, r.failed(err)
+		default:
+			_ = r.failed(err) // there is enough for this command; the next one asks again
+		}
+	}
+	spend, _, ok := r.ranges.Take(uint64(n))
+	if !ok {
+		return nil, nil, fmt.Errorf("%d serials are needed, the pool granted %d", n, r.ranges.Count())
+	}
+	for s := range spend.All() {
+		serials = append(serials, s)
+	}
+	return spend, serials, nil
+}
+
+// spent notes what the pool says is left.
+func (r *registrar) spent(left alloc.Ranges) {
+	r.ranges = left
+	r.left.Store(left.Count())
+}
+
+// failed notes what an error means for our copy of the pool's records, and hands it on.
+func (r *registrar) failed(err error) error {
+	if err == nil {
+		return nil
+	}
+	reason := alloc.ReasonOf(err)
+	switch reason {
+	case alloc.ReasonUnavailable, alloc.ReasonRecovering, alloc.ReasonConflict, alloc.ReasonExhausted, alloc.ReasonTooLarge:
+		// Nothing was changed: what we know still holds.
+		return err
+	case alloc.ReasonStaleIncarnation:
+		// Another life of this state has taken our place. A new nonce begins a life of our own.
+		r.a.log.Error("another copy of this agent's state was at work; beginning a new life", "cause", err)
+		if id, readErr := r.a.state.identity(); readErr == nil {
+			id.Nonce, id.Incarnation = newNonce(), 0
+			if writeErr := r.a.state.putIdentity(id); writeErr != nil {
+				err = errors.Join(err, writeErr)
+			}
+		}
+	}
+	// Anything else, an unknown outcome above all: read our records again before the next step.
+	r.stale.Store(true)
+	return err
+}
+
+// register commits one item that makes or changes a sandbox; by the holder.
+func (r *registrar) register(ctx context.Context, spend alloc.Ranges, items ...alloc.RegisterItem) ([]*alloc.Sandbox, error) {
+	out, left, err := r.a.pool.Register(ctx, alloc.RegisterCommand{Mutation: r.mutation(), Spend: spend, Items: items})
+	if err != nil {
+		return nil, r.failed(err)
+	}
+	r.spent(left)
+	for _, s := range out {
+		r.a.book.put(r.a.cfg.Host, s)
+	}
+	return out, nil
+}
+
+// moved notes the outcome of a hand-off's step.
+func (r *registrar) moved(h alloc.Handoff, err error) error {
+	if err != nil {
+		return r.failed(err)
+	}
+	s := h.Sandbox
+	r.a.book.put(r.a.cfg.Host, &s)
+	return nil
+}

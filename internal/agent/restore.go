@@ -1,0 +1,299 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nsalloc/nsalloc/internal/kernelns"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/criuhook"
+	"github.com/nsalloc/nsalloc/pkg/criuhook/images"
+)
+
+// preRestore decides what a restore may be, before anything was forked.
+func (a *Agent) preRestore(ctx context.Context, n *run, req *hookRequest) (string, error) {
+	dir := req.files[criuhook.FDImages]
+	if dir == nil {
+		return "", errors.New("the image directory did not come along")
+	}
+	set, err := images.Read(dir)
+	if err != nil {
+		return "", err
+	}
+	m, digest, err := readManifest(dir)
+	switch {
+	case errors.Is(err, os.ErrNotExist) && !set.Own():
+		n.rec.Mode = modeNone
+		return "", nil
+	case errors.Is(err, os.ErrNotExist):
+		return a.unknownImages(ctx, n, set)
+	case err != nil:
+		return "", err
+	}
+	if err := a.waitJoined(ctx); err != nil {
+		return "", err
+	}
+	if pool := a.poolUUID(); m.Pool != pool {
+		return "", fmt.Errorf("the images are of pool %s, this host is in pool %s; restore them there, or remove %s to restore them as unknown ones", m.Pool, pool, criuhook.ManifestName)
+	}
+	if m.Images != set.Digest {
+		return "", fmt.Errorf("%s is of other images than those that it stands in; copy the whole image directory again", criuhook.ManifestName)
+	}
+	return a.claim(ctx, n, m, digest)
+}
+
+// claim asks the pool, and waits, bounded, where another host has not finished its part.
+func (a *Agent) claim(ctx context.Context, n *run, m *criuhook.Manifest, digest alloc.Digest) (string, error) {
+	// On disk before the claim: a claim that is committed is never one that nobody remembers.
+	n.rec.Mode, n.rec.Sandbox, n.rec.Checkpoint = modeOwn, m.Sandbox, m.Checkpoint
+	if err := a.runs.save(n); err != nil {
+		return "", err
+	}
+	deadline, _ := ctx.Deadline()
+	ctx, cancel := context.WithDeadline(ctx, deadline.Add(-claimMargin))
+	defer cancel()
+	for {
+		answer, err := a.claimOnce(ctx, n, m, digest)
+		if err == nil {
+			return a.claimed(n, m, answer), nil
+		}
+		e, ok := errors.AsType[*alloc.Error](err)
+		if !ok || e.Reason != alloc.ReasonNotConfirmed && e.Reason != alloc.ReasonClaimed {
+			return "", err
+		}
+		t := time.NewTimer(max(e.RetryAfter, minClaimPause))
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return "", err
+		}
+	}
+}
+
+const (
+	// claimMargin is what is left of the agent's deadline to answer in when a claim was waited for.
+	claimMargin = time.Second
+	// minClaimPause keeps a waiting claim from asking all the time.
+	minClaimPause = 50 * time.Millisecond
+)
+
+func (a *Agent) claimOnce(ctx context.Context, n *run, m *criuhook.Manifest, digest alloc.Digest) (alloc.ClaimAnswer, error) {
+	done, err := a.registrar.hold(ctx)
+	if err != nil {
+		return alloc.ClaimAnswer{}, err
+	}
+	defer done()
+	answer, err := a.pool.Claim(ctx, alloc.ClaimCommand{
+		Mutation: a.registrar.mutation(), Checkpoint: m.Checkpoint, Digest: digest, BootID: a.bootID(), Run: n.key,
+	})
+	if err != nil {
+		return answer, a.registrar.failed(err)
+	}
+	if answer.Outcome == alloc.MayClaim {
+		_ = a.registrar.moved(answer.Handoff, nil)
+	}
+	return answer, nil
+}
+
+func (a *Agent) claimed(n *run, m *criuhook.Manifest, answer alloc.ClaimAnswer) string {
+	if answer.Outcome == alloc.MayClaim {
+		n.rec.Epoch = answer.Sandbox.Epoch
+		return ""
+	}
+	n.rec.Mode, n.rec.Sandbox, n.rec.Epoch = modeClone, 0, 0
+	return "restored as a clone with fresh serials: " + answer.Why
+}
+
+// unknownImages decides about images without a manifest.
+func (a *Agent) unknownImages(ctx context.Context, n *run, set *images.Set) (string, error) {
+	if err := a.waitJoined(ctx); err != nil {
+		return "", err
+	}
+	if set.RunID != "" {
+		c, err := a.pool.FindRun(ctx, set.RunID)
+		switch {
+		case err == nil:
+			return "", fmt.Errorf("the images are checkpoint %s of sandbox %s, without the %s that host %s wrote into them; copy it along", c.Serial, c.Sandbox, criuhook.ManifestName, c.Source)
+		case !errors.Is(err, alloc.ErrCheckpointNotFound):
+			return "", err
+		}
+	}
+	if pool := a.poolRec.Load(); pool != nil && pool.Policy.Unknown == alloc.PolicyRefuse {
+		return "", fmt.Errorf("the images have no %s, the pool never heard of them, and its policy refuses such images", criuhook.ManifestName)
+	}
+	n.rec.Mode = modeAdopt
+	return "the images have no " + criuhook.ManifestName + " and the pool never heard of them: adopted with fresh serials", nil
+}
+
+// postRestore is the last veto of a restore: every task stands in its final namespaces and none ran.
+func (a *Agent) postRestore(ctx context.Context, n *run, req *hookRequest) (string, error) {
+	switch {
+	case n.rec.Mode == modeNone:
+		return "", nil
+	case n.rec.Closed:
+		return "", errors.New("this restore was refused before")
+	case n.rec.Mode == "":
+		return "", errors.New("this restore never came to pre-restore; install the hook for all of CRIU's actions")
+	}
+	dir := req.files[criuhook.FDImages]
+	if dir == nil {
+		return "", errors.New("the image directory did not come along")
+	}
+	set, err := images.Read(dir)
+	if err != nil {
+		return "", err
+	}
+	root, procs, err := a.treeOf(ctx, n, req)
+	if err != nil {
+		return "", err
+	}
+	joined, err := images.Join(set, imageProcs(procs))
+	if err != nil {
+		return "", err
+	}
+	list, err := images.Namespaces(set, joined)
+	if err != nil {
+		return "", err
+	}
+	manifest := map[images.ID]criuhook.ManifestNamespace{}
+	if n.rec.Mode != modeAdopt {
+		m, _, err := readManifest(dir)
+		if err != nil {
+			return "", err
+		}
+		if m.Checkpoint != n.rec.Checkpoint || m.Images != set.Digest {
+			return "", errors.New("the images were changed between pre-restore and post-restore")
+		}
+		for _, ns := range m.Namespaces {
+			manifest[images.ID{Type: ns.Type, CRIU: ns.CRIUID}] = ns
+		}
+	}
+	if err := a.watch(n, procs); err != nil {
+		return "", err
+	}
+	if n.rec.Mode == modeOwn {
+		return "", a.bind(ctx, n, root, list, manifest)
+	}
+	return "", a.registerRestored(ctx, n, root, list, manifest)
+}
+
+// bind pairs the sandbox's serials with the namespaces that the restore made, and commits.
+func (a *Agent) bind(ctx context.Context, n *run, root kernelns.Process, list []images.Namespace, manifest map[images.ID]criuhook.ManifestNamespace) error {
+	done, err := a.registrar.hold(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	var moved []alloc.Binding
+	var fresh []unnumbered
+	for _, ns := range list {
+		known, ok := manifest[ns.ID]
+		hosts := a.isHosts(ns.ID.Type, ns.Kernel)
+		switch {
+		case !ok:
+			return fmt.Errorf("namespace %s of the images is not in their manifest", ns.ID)
+		case known.Owner == criuhook.OwnerSandbox && hosts:
+			return fmt.Errorf("namespace %s was the tree's own on host %s and would be this host's here; restore with the options of the dump", ns.ID, n.rec.source(manifest))
+		case known.Owner == criuhook.OwnerSandbox:
+			moved = append(moved, alloc.Binding{Serial: known.Serial, Type: ns.ID.Type, Kernel: ns.Kernel})
+		case !hosts && !a.isBound(ns):
+			// It was the host's there and is a new one here (CRIU restores time namespaces so), or it is
+			// handed in from outside and nobody numbered it yet.
+			fresh = append(fresh, unnumbered{ns.ID.Type, ns.Kernel})
+		}
+	}
+	cmd := alloc.BindCommand{
+		Mutation: a.registrar.mutation(), Sandbox: n.rec.Sandbox, Epoch: n.rec.Epoch, BootID: a.bootID(), Run: n.key,
+		Bindings: moved, Labels: labelsOf(root),
+	}
+	if len(fresh) > 0 {
+		spend, serials, err := a.registrar.take(ctx, len(fresh))
+		if err != nil {
+			return err
+		}
+		cmd.Spend = spend
+		for i, u := range fresh {
+			cmd.Fresh = append(cmd.Fresh, alloc.Binding{Serial: serials[i], Type: u.t, Kernel: u.k})
+		}
+	}
+	h, left, err := a.pool.Bind(ctx, cmd)
+	if err := a.registrar.moved(h, err); err != nil {
+		return err
+	}
+	a.registrar.spent(left)
+	return nil
+}
+
+func (a *Agent) isBound(ns images.Namespace) bool {
+	_, ok := a.book.find(ns.ID.Type, ns.Kernel)
+	return ok
+}
+
+// source names the host that the images are from, for messages.
+func (runRecord) source(manifest map[images.ID]criuhook.ManifestNamespace) string {
+	for _, ns := range manifest {
+		return "of boot " + ns.Kernel.BootID
+	}
+	return "unknown"
+}
+
+// registerRestored gives a tree without a claim fresh serials.
+func (a *Agent) registerRestored(ctx context.Context, n *run, root kernelns.Process, list []images.Namespace, manifest map[images.ID]criuhook.ManifestNamespace) error {
+	done, err := a.registrar.hold(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	item := alloc.RegisterItem{Labels: labelsOf(root)}
+	parents := map[string]alloc.Serial{}
+	var add []unnumbered
+	for _, ns := range list {
+		if a.isHosts(ns.ID.Type, ns.Kernel) || a.isBound(ns) {
+			continue
+		}
+		add = append(add, unnumbered{ns.ID.Type, ns.Kernel})
+		if known, ok := manifest[ns.ID]; ok && known.Owner == criuhook.OwnerSandbox {
+			parents[ns.Kernel.Key(ns.ID.Type)] = known.Serial
+		}
+	}
+	if n.rec.Mode == modeClone {
+		item.ParentCheckpoint = n.rec.Checkpoint
+	} else {
+		item.Labels["adopted"] = "true"
+	}
+	if len(add) == 0 {
+		n.rec.Mode = modeNone
+		return nil
+	}
+	s, err := a.registerItem(ctx, item, add, parents)
+	if err != nil {
+		return err
+	}
+	n.rec.Sandbox, n.rec.Epoch = s.Serial, s.Epoch
+	return nil
+}
+
+// readManifest reads the manifest through the image directory's descriptor: a regular file of bounded
+// size, never a link. os.ErrNotExist when there is none.
+func readManifest(dir *os.File) (*criuhook.Manifest, alloc.Digest, error) {
+	fd, err := unix.Openat(int(dir.Fd()), criuhook.ManifestName, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, alloc.Digest{}, &os.PathError{Op: "open", Path: criuhook.ManifestName, Err: err}
+	}
+	f := os.NewFile(uintptr(fd), criuhook.ManifestName)
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, alloc.Digest{}, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, alloc.Digest{}, fmt.Errorf("%s in the image directory is not a regular file", criuhook.ManifestName)
+	}
+	return criuhook.DecodeManifest(f)
+}
