@@ -1,0 +1,81 @@
+// Package e2e runs the released binaries on test hosts with real runc, real CRIU and real kernel
+// namespaces, and looks at three places after each step: the processes, the agents, and the store.
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/nsalloc/nsalloc/internal/testhost"
+	"github.com/nsalloc/nsalloc/internal/testpool"
+)
+
+// binaries is where the built binaries are: NSALLOC_BIN, or built here.
+var binaries string
+
+func TestMain(m *testing.M) {
+	testhost.Main()
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	if binaries = os.Getenv("NSALLOC_BIN"); binaries != "" {
+		var err error
+		if binaries, err = filepath.Abs(binaries); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return m.Run()
+	}
+	dir, err := os.MkdirTemp("", "nsalloc-bin-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	for _, name := range []string{"nsalloc", "nsalloc-agent", "nsalloc-hook", "nsalloc-server"} {
+		cmd := exec.Command("go", "build", "-o", filepath.Join(dir, name), "../cmd/"+name)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "build %s: %v\n%s", name, err, out)
+			return 1
+		}
+	}
+	binaries = dir
+	return m.Run()
+}
+
+// newPool starts a pool; where hosts cannot be made that is a skip, and in CI a failure.
+func newPool(t *testing.T, hosts ...string) *pool {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("makes hosts")
+	}
+	if err := testhost.Check(); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute) // a cold cache builds the root file system
+	defer cancel()
+	p, err := testpool.Start(ctx, testpool.Options{Bin: binaries, Hosts: hosts, Log: io.Discard})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(p.Logs())
+		}
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return &pool{Pool: p, t: t}
+}
