@@ -1,0 +1,32 @@
+package server
+
+import (
+	"context"
+
+	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client/wire"
+)
+
+type allocator struct {
+	nsallocv1.UnimplementedAllocatorServer
+	*Server
+}
+
+func (s allocator) Allocate(ctx context.Context, req *nsallocv1.AllocateRequest) (*nsallocv1.AllocateResponse, error) {
+	ranges, err := s.service.Allocate(ctx, wire.AllocateCommand(req, caller(ctx).String()))
+	if err != nil {
+		return nil, err
+	}
+	s.metrics.serials.WithLabelValues("allocate").Add(float64(ranges.Count()))
+	return &nsallocv1.AllocateResponse{Ranges: wire.RangesToWire(ranges)}, nil
+}
+
+func (s allocator) GetPool(ctx context.Context, _ *nsallocv1.GetPoolRequest) (*nsallocv1.GetPoolResponse, error) {
+	var pool *alloc.Pool
+	rev, err := s.view.read(ctx, false, func(ix *index) error { pool = ix.pool; return nil })
+	if err != nil {
+		return nil, err
+	}
+	return &nsallocv1.GetPoolResponse{Pool: wire.PoolToWire(pool), Revision: int64(rev)}, nil
+}

@@ -1,0 +1,88 @@
+package server
+
+import (
+	"context"
+	"slices"
+
+	"google.golang.org/protobuf/proto"
+
+	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client/wire"
+)
+
+type hosts struct {
+	nsallocv1.UnimplementedHostsServer
+	*Server
+}
+
+func (s hosts) Hello(ctx context.Context, req *nsallocv1.HelloRequest) (*nsallocv1.HelloResponse, error) {
+	host, pool, err := s.service.Hello(ctx, wire.HelloCommand(req, caller(ctx).Name))
+	if err != nil {
+		return nil, err
+	}
+	return &nsallocv1.HelloResponse{Host: wire.HostToWire(host), Pool: wire.PoolToWire(pool)}, nil
+}
+
+func (s hosts) Grant(ctx context.Context, req *nsallocv1.GrantRequest) (*nsallocv1.GrantResponse, error) {
+	granted, err := s.service.Grant(ctx, wire.GrantCommand(req, caller(ctx).Name))
+	if err != nil {
+		return nil, err
+	}
+	s.metrics.serials.WithLabelValues("grant").Add(float64(req.GetCount()))
+	return &nsallocv1.GrantResponse{Granted: wire.RangesToWire(granted)}, nil
+}
+
+func (s hosts) Get(ctx context.Context, req *nsallocv1.HostsGetRequest) (*nsallocv1.HostsGetResponse, error) {
+	if err := alloc.ValidateName("host name", req.GetName()); err != nil {
+		return nil, err
+	}
+	var host *alloc.Host
+	rev, err := s.view.read(ctx, false, func(ix *index) error {
+		if host = ix.hosts[req.GetName()]; host == nil {
+			return &alloc.Error{Reason: alloc.ReasonHostUnknown, Subject: "host " + req.GetName(), Msg: "the pool does not know it", Fix: "start its nsalloc-agent, which says Hello first"}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &nsallocv1.HostsGetResponse{Host: wire.HostToWire(host), Revision: int64(rev)}, nil
+}
+
+func (s hosts) List(ctx context.Context, req *nsallocv1.HostsListRequest) (*nsallocv1.HostsListResponse, error) {
+	size, err := pageSize(req.GetPageSize())
+	if err != nil {
+		return nil, err
+	}
+	after, err := afterToken("hosts", req.GetPageToken())
+	if err != nil {
+		return nil, err
+	}
+	var found []*alloc.Host
+	rev, err := s.view.read(ctx, false, func(ix *index) error {
+		at, there := slices.BinarySearch(ix.hostOrder, after)
+		if there {
+			at++
+		}
+		for ; at < len(ix.hostOrder) && len(found) <= size; at++ {
+			found = append(found, ix.hosts[ix.hostOrder[at]])
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	resp := &nsallocv1.HostsListResponse{Revision: int64(rev)}
+	bytes := 0
+	for i, h := range found {
+		if i == size || bytes > maxPageBytes {
+			resp.NextPageToken = pageToken("hosts", found[i-1].Name)
+			break
+		}
+		msg := wire.HostToWire(h)
+		bytes += proto.Size(msg)
+		resp.Hosts = append(resp.Hosts, msg)
+	}
+	return resp, nil
+}

@@ -1,0 +1,366 @@
+package server
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"sync"
+
+	"google.golang.org/protobuf/proto"
+
+	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client/wire"
+)
+
+// index is a pool's records as of one revision, arranged for the questions that are asked. It has one
+// writer; readers hold view.mu.
+//
+// It is built for a million sandboxes with eight namespaces each. So a sandbox is kept as the bytes of
+// the message that answers for it, which take a third of what the decoded one does and hold nothing
+// for the garbage collector to follow, and an entry stays in its place when its record changes.
+type index struct {
+	pool    *alloc.Pool
+	counter *alloc.Counter
+
+	bySerial map[alloc.Serial]*entry // a sandbox's own serial, and those of all its bindings
+	byKernel map[kernelKey]*entry    // live namespaces of sandboxes that are on their owner host
+	order    []*entry                // by serial
+	owners   map[string][]*entry     // by owner, each by serial
+
+	checkpoints map[alloc.Serial]*alloc.Checkpoint
+	cpOrder     []alloc.Serial
+	cpsOf       map[alloc.Serial][]alloc.Serial // sandbox -> its checkpoints, by serial
+	byRun       map[string]alloc.Serial         // CRIU's run id -> checkpoint
+
+	hosts     map[string]*alloc.Host
+	hostOrder []string
+
+	texts map[string]string // one copy of each owner and boot id; the writer's alone
+
+	placesMu sync.RWMutex
+	places   map[place]uint32 // guarded by placesMu: the writer adds to it without the view's lock
+}
+
+// entry is one sandbox. Its fields change under view.mu; what packed points at never does.
+type entry struct {
+	serial alloc.Serial
+	state  nsallocv1.SandboxState
+	owner  string
+	boot   string // stands for the boot ids that packed leaves out
+	packed []byte
+}
+
+// place is one boot of one host; its number stands for it in a kernelKey.
+type place struct{ host, boot string }
+
+// kernelKey is equal for two identities exactly if alloc.KernelID.Key is, on one host.
+type kernelKey struct {
+	number uint64
+	place  uint32
+	kind   nsallocv1.NamespaceType
+	byID   bool
+}
+
+func newIndex() *index {
+	return &index{
+		bySerial: map[alloc.Serial]*entry{}, byKernel: map[kernelKey]*entry{}, owners: map[string][]*entry{},
+		checkpoints: map[alloc.Serial]*alloc.Checkpoint{}, cpsOf: map[alloc.Serial][]alloc.Serial{}, byRun: map[string]alloc.Serial{},
+		hosts: map[string]*alloc.Host{}, places: map[place]uint32{}, texts: map[string]string{},
+	}
+}
+
+// update is one change, with all the work done that needs no lock.
+type update struct {
+	key    alloc.Key
+	record alloc.Record // nil: deleted
+	// Of a sandbox:
+	next     entry
+	bindings []alloc.Serial // the old record's when it was deleted
+	gone     []kernelKey    // the old record's
+	live     []kernelKey    // the new record's
+}
+
+// prepare is called by the writer, without the lock.
+func (ix *index) prepare(key alloc.Key, record alloc.Record) (update, error) {
+	u := update{key: key, record: record}
+	if key.Kind != alloc.KindSandbox {
+		return u, nil
+	}
+	var serial alloc.Serial
+	if err := serial.UnmarshalText([]byte(key.ID)); err != nil {
+		return u, err
+	}
+	if old := ix.bySerial[serial]; old != nil && old.serial == serial && (onHost(old.state) || record == nil) {
+		msg, err := old.unpack()
+		if err != nil {
+			return u, err
+		}
+		if onHost(old.state) {
+			u.gone = ix.kernelKeys(msg)
+		}
+		for _, b := range msg.GetBindings() {
+			u.bindings = append(u.bindings, alloc.Serial(b.GetSerial()))
+		}
+	}
+	if sb, ok := record.(*alloc.Sandbox); ok {
+		msg := wire.SandboxToWire(sb)
+		u.bindings = nil
+		for _, b := range sb.Bindings {
+			u.bindings = append(u.bindings, b.Serial)
+		}
+		if onHost(msg.State) {
+			u.live = ix.kernelKeys(msg)
+		}
+		return u, ix.pack(&u.next, msg)
+	}
+	return u, nil
+}
+
+// apply is called by the writer, with the lock.
+func (ix *index) apply(u update) {
+	switch u.key.Kind {
+	case alloc.KindPool:
+		ix.pool, _ = u.record.(*alloc.Pool)
+	case alloc.KindCounter:
+		ix.counter, _ = u.record.(*alloc.Counter)
+	case alloc.KindHost:
+		ix.applyHost(u)
+	case alloc.KindSandbox:
+		ix.applySandbox(u)
+	case alloc.KindCheckpoint:
+		ix.applyCheckpoint(u)
+	}
+}
+
+func (ix *index) applyHost(u update) {
+	h, ok := u.record.(*alloc.Host)
+	at, found := slices.BinarySearch(ix.hostOrder, u.key.ID)
+	switch {
+	case ok && !found:
+		ix.hostOrder = slices.Insert(ix.hostOrder, at, u.key.ID)
+	case !ok && found:
+		ix.hostOrder = slices.Delete(ix.hostOrder, at, at+1)
+	}
+	if !ok {
+		delete(ix.hosts, u.key.ID)
+		return
+	}
+	ix.hosts[u.key.ID] = h
+}
+
+func (ix *index) applySandbox(u update) {
+	var serial alloc.Serial
+	_ = serial.UnmarshalText([]byte(u.key.ID)) // prepare has read it
+	e := ix.bySerial[serial]
+	for _, k := range u.gone {
+		if ix.byKernel[k] == e {
+			delete(ix.byKernel, k)
+		}
+	}
+	if u.record == nil {
+		if e == nil || e.serial != serial {
+			return
+		}
+		ix.order = without(ix.order, e)
+		ix.disown(e)
+		for _, s := range append(u.bindings, serial) {
+			if ix.bySerial[s] == e {
+				delete(ix.bySerial, s)
+			}
+		}
+		return
+	}
+	if e == nil || e.serial != serial {
+		e = &entry{serial: serial}
+		ix.order = with(ix.order, e)
+	}
+	if e.owner != u.next.owner {
+		ix.disown(e)
+		ix.owners[u.next.owner] = with(ix.owners[u.next.owner], e)
+	}
+	*e = u.next
+	ix.bySerial[serial] = e
+	for _, s := range u.bindings {
+		ix.bySerial[s] = e
+	}
+	for _, k := range u.live {
+		ix.byKernel[k] = e
+	}
+}
+
+func (ix *index) disown(e *entry) {
+	if rest := without(ix.owners[e.owner], e); len(rest) > 0 {
+		ix.owners[e.owner] = rest
+	} else {
+		delete(ix.owners, e.owner)
+	}
+}
+
+func (ix *index) applyCheckpoint(u update) {
+	var serial alloc.Serial
+	if serial.UnmarshalText([]byte(u.key.ID)) != nil {
+		return
+	}
+	old := ix.checkpoints[serial]
+	c, ok := u.record.(*alloc.Checkpoint)
+	if old != nil && (!ok || old.RunID != c.RunID) && ix.byRun[old.RunID] == serial {
+		delete(ix.byRun, old.RunID)
+	}
+	if !ok {
+		if old != nil {
+			delete(ix.checkpoints, serial)
+			ix.cpOrder = remove(ix.cpOrder, serial)
+			ix.cpsOf[old.Sandbox] = remove(ix.cpsOf[old.Sandbox], serial)
+		}
+		return
+	}
+	ix.checkpoints[serial] = c
+	if old == nil {
+		ix.cpOrder = insert(ix.cpOrder, serial)
+		ix.cpsOf[c.Sandbox] = insert(ix.cpsOf[c.Sandbox], serial)
+	}
+	// Of two dumps that claim one run id the later one counts.
+	if c.RunID != "" && ix.byRun[c.RunID] <= serial {
+		ix.byRun[c.RunID] = serial
+	}
+}
+
+// sandbox finds by a sandbox's serial, a namespace's, or a checkpoint's.
+func (ix *index) sandbox(s alloc.Serial) *entry {
+	if e := ix.bySerial[s]; e != nil {
+		return e
+	}
+	if c := ix.checkpoints[s]; c != nil {
+		return ix.bySerial[c.Sandbox]
+	}
+	return nil
+}
+
+func (ix *index) namespace(host string, t nsallocv1.NamespaceType, k *nsallocv1.KernelId) *entry {
+	ix.placesMu.RLock()
+	p, ok := ix.places[place{host, k.GetBootId()}]
+	ix.placesMu.RUnlock()
+	if !ok {
+		return nil
+	}
+	return ix.byKernel[keyAt(p, t, k)]
+}
+
+// onHost: the kernel identities of a record are of namespaces that stand on its owner.
+func onHost(s nsallocv1.SandboxState) bool {
+	return s == nsallocv1.SandboxState_SANDBOX_STATE_RUNNING || s == nsallocv1.SandboxState_SANDBOX_STATE_DUMPED
+}
+
+func keyAt(p uint32, t nsallocv1.NamespaceType, k *nsallocv1.KernelId) kernelKey {
+	if k.GetId() != 0 {
+		return kernelKey{number: k.GetId(), place: p, kind: t, byID: true}
+	}
+	return kernelKey{number: k.GetInode(), place: p, kind: t}
+}
+
+func (ix *index) kernelKeys(s *nsallocv1.Sandbox) []kernelKey {
+	keys := make([]kernelKey, 0, len(s.GetBindings()))
+	for _, b := range s.GetBindings() {
+		if b.GetGone() == nil && b.GetKernel() != nil {
+			keys = append(keys, keyAt(ix.placeOf(s.GetOwner(), b.GetKernel().GetBootId()), b.GetType(), b.GetKernel()))
+		}
+	}
+	return keys
+}
+
+func (ix *index) placeOf(host, boot string) uint32 {
+	ix.placesMu.Lock()
+	defer ix.placesMu.Unlock()
+	p, ok := ix.places[place{host, boot}]
+	if !ok {
+		p = uint32(len(ix.places))
+		ix.places[place{ix.text(host), ix.text(boot)}] = p
+	}
+	return p
+}
+
+// text keeps one copy of what a million records repeat.
+func (ix *index) text(s string) string {
+	if known, ok := ix.texts[s]; ok {
+		return known
+	}
+	ix.texts[s] = s
+	return s
+}
+
+// pack makes e of msg, which it changes: the boot id that the bindings share is kept once, outside.
+func (ix *index) pack(e *entry, msg *nsallocv1.Sandbox) error {
+	boot := ""
+	for i, b := range msg.GetBindings() {
+		id := b.GetKernel().GetBootId()
+		if i == 0 {
+			boot = id
+		}
+		if b.GetKernel() != nil && id == "" {
+			boot = "" // an absent one could not be told from one that was left out
+			break
+		}
+	}
+	if boot != "" {
+		for _, b := range msg.GetBindings() {
+			if b.GetKernel().GetBootId() == boot {
+				b.Kernel.BootId = ""
+			}
+		}
+	}
+	packed, err := proto.Marshal(msg)
+	if err != nil {
+		return &alloc.Error{Reason: alloc.ReasonMalformed, Subject: "sandbox " + alloc.Serial(msg.GetSerial()).String(), Msg: "it cannot be told on the wire", Err: err}
+	}
+	*e = entry{serial: alloc.Serial(msg.GetSerial()), state: msg.GetState(), owner: ix.text(msg.GetOwner()), boot: ix.text(boot), packed: packed}
+	return nil
+}
+
+// unpack is the sandbox as it is answered.
+func (e entry) unpack() (*nsallocv1.Sandbox, error) {
+	msg := new(nsallocv1.Sandbox)
+	if err := proto.Unmarshal(e.packed, msg); err != nil {
+		return nil, fmt.Errorf("unpack sandbox %s: %w", e.serial, err)
+	}
+	for _, b := range msg.GetBindings() {
+		if k := b.GetKernel(); k != nil && k.BootId == "" {
+			k.BootId = e.boot
+		}
+	}
+	return msg, nil
+}
+
+func bySerial(e *entry, s alloc.Serial) int { return cmp.Compare(e.serial, s) }
+
+func with(list []*entry, e *entry) []*entry {
+	at, found := slices.BinarySearchFunc(list, e.serial, bySerial)
+	if found {
+		return list
+	}
+	return slices.Insert(list, at, e)
+}
+
+func without(list []*entry, e *entry) []*entry {
+	at, found := slices.BinarySearchFunc(list, e.serial, bySerial)
+	if !found {
+		return list
+	}
+	return slices.Delete(list, at, at+1)
+}
+
+func insert(list []alloc.Serial, s alloc.Serial) []alloc.Serial {
+	at, found := slices.BinarySearch(list, s)
+	if found {
+		return list
+	}
+	return slices.Insert(list, at, s)
+}
+
+func remove(list []alloc.Serial, s alloc.Serial) []alloc.Serial {
+	at, found := slices.BinarySearch(list, s)
+	if !found {
+		return list
+	}
+	return slices.Delete(list, at, at+1)
+}

@@ -1,0 +1,166 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client/wire"
+)
+
+type sandboxes struct {
+	nsallocv1.UnimplementedSandboxesServer
+	*Server
+}
+
+func (s sandboxes) Register(ctx context.Context, req *nsallocv1.RegisterRequest) (*nsallocv1.RegisterResponse, error) {
+	committed, granted, err := s.service.Register(ctx, wire.RegisterCommand(req, caller(ctx).Name))
+	if err != nil {
+		return nil, err
+	}
+	resp := &nsallocv1.RegisterResponse{Granted: wire.RangesToWire(granted)}
+	for _, sb := range committed {
+		resp.Sandboxes = append(resp.Sandboxes, wire.SandboxToWire(sb))
+	}
+	return resp, nil
+}
+
+func (s sandboxes) End(ctx context.Context, req *nsallocv1.EndRequest) (*nsallocv1.EndResponse, error) {
+	sb, err := s.service.End(ctx, wire.EndCommand(req, caller(ctx).Name))
+	if err != nil {
+		return nil, err
+	}
+	return &nsallocv1.EndResponse{Sandbox: wire.SandboxToWire(sb)}, nil
+}
+
+func (s sandboxes) Get(ctx context.Context, req *nsallocv1.SandboxesGetRequest) (*nsallocv1.SandboxesGetResponse, error) {
+	find, err := question(req)
+	if err != nil {
+		return nil, err
+	}
+	resp := &nsallocv1.SandboxesGetResponse{}
+	rev, err := s.view.read(ctx, req.GetLinearizable(), func(ix *index) error {
+		e, err := find(ix)
+		if err != nil {
+			return err
+		}
+		// Under the lock, because which checkpoint is current stands in the packed record, and both must
+		// be of one revision.
+		if resp.Sandbox, err = e.unpack(); err != nil {
+			return err
+		}
+		resp.Checkpoint = wire.CheckpointToWire(ix.checkpoints[alloc.Serial(resp.Sandbox.GetCheckpoint())])
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	resp.Revision = int64(rev)
+	return resp, nil
+}
+
+// question checks what Get asks for and says how to find it.
+func question(req *nsallocv1.SandboxesGetRequest) (func(*index) (*entry, error), error) {
+	switch by := req.GetBy().(type) {
+	case *nsallocv1.SandboxesGetRequest_Serial:
+		serial := alloc.Serial(by.Serial)
+		if !serial.Valid() {
+			return nil, invalid("serial", fmt.Sprintf("%d is out of range: generation and counter start at 1, the first bit is 0", by.Serial))
+		}
+		return func(ix *index) (*entry, error) {
+			if e := ix.sandbox(serial); e != nil {
+				return e, nil
+			}
+			return nil, &alloc.Error{Reason: alloc.ReasonSerialNotFound, Subject: "serial " + serial.String(),
+				Msg: "no sandbox, namespace or checkpoint of this pool has it", Fix: "check its digits, and that it is of this pool"}
+		}, nil
+	case *nsallocv1.SandboxesGetRequest_Namespace:
+		ns := by.Namespace
+		if err := alloc.ValidateName("host name", ns.GetHost()); err != nil {
+			return nil, err
+		}
+		t := wire.NamespaceTypeFromWire(ns.GetType())
+		switch {
+		case !t.Valid():
+			return nil, invalid("namespace type", fmt.Sprintf("%q is not one of %v", t, alloc.NamespaceTypes()))
+		case ns.GetKernel().GetId() == 0 && ns.GetKernel().GetInode() == 0:
+			return nil, invalid("namespace", "it names none: both kernel id and inode are 0")
+		}
+		if err := alloc.ValidateBootID(ns.GetKernel().GetBootId()); err != nil {
+			return nil, err
+		}
+		return func(ix *index) (*entry, error) {
+			if e := ix.namespace(ns.GetHost(), ns.GetType(), ns.GetKernel()); e != nil {
+				return e, nil
+			}
+			return nil, &alloc.Error{Reason: alloc.ReasonSerialNotFound,
+				Subject: fmt.Sprintf("%s namespace %s", t, wire.KernelIDFromWire(ns.GetKernel()).Key(t)),
+				Msg:     "no sandbox that is on host " + ns.GetHost() + " has it", Fix: "see `nsalloc ps` on that host"}
+		}, nil
+	}
+	return nil, invalid("request", "it names neither a serial nor a namespace")
+}
+
+func (s sandboxes) List(ctx context.Context, req *nsallocv1.SandboxesListRequest) (*nsallocv1.SandboxesListResponse, error) {
+	size, err := pageSize(req.GetPageSize())
+	if err != nil {
+		return nil, err
+	}
+	after, err := afterSerial("sandboxes", req.GetPageToken())
+	if err != nil {
+		return nil, err
+	}
+	if req.GetOwner() != "" {
+		if err := alloc.ValidateName("host name", req.GetOwner()); err != nil {
+			return nil, err
+		}
+	}
+	var states [8]bool
+	for _, st := range req.GetStates() {
+		if _, known := nsallocv1.SandboxState_name[int32(st)]; !known || st == 0 {
+			return nil, invalid("states", fmt.Sprintf("state %d is not known", st))
+		}
+		states[st] = true
+	}
+	var found []entry
+	more := false
+	rev, err := s.view.read(ctx, req.GetLinearizable(), func(ix *index) error {
+		list := ix.order
+		if req.GetOwner() != "" {
+			list = ix.owners[req.GetOwner()]
+		}
+		at, there := slices.BinarySearchFunc(list, after, bySerial)
+		if there {
+			at++
+		}
+		bytes := 0
+		for _, e := range list[at:] {
+			if len(req.GetStates()) > 0 && !states[e.state&7] {
+				continue
+			}
+			if more = len(found) == size || bytes > maxPageBytes; more {
+				break
+			}
+			found = append(found, *e)
+			bytes += len(e.packed)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	resp := &nsallocv1.SandboxesListResponse{Revision: int64(rev)}
+	for _, e := range found {
+		sb, err := e.unpack()
+		if err != nil {
+			return nil, err
+		}
+		resp.Sandboxes = append(resp.Sandboxes, sb)
+	}
+	if more {
+		resp.NextPageToken = pageToken("sandboxes", found[len(found)-1].serial.String())
+	}
+	return resp, nil
+}
