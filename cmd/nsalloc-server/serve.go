@@ -1,0 +1,214 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/google/renameio/v2"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/nsalloc/nsalloc/internal/etcdembed"
+	"github.com/nsalloc/nsalloc/internal/etcdstore"
+	"github.com/nsalloc/nsalloc/internal/server"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+)
+
+// loadPatience is how long a start waits for the store before it says that it is ready: the service
+// answers also without it, and begins to serve when it comes.
+const loadPatience = 10 * time.Second
+
+// serve runs the server until ctx ends. What is opened is closed in the opposite order.
+func serve(ctx context.Context, cfg config, log *slog.Logger, stdout io.Writer) (err error) {
+	if err := alloc.ValidateName("pool name", cfg.etcd.pool); err != nil {
+		return usage("--pool: %w", err)
+	}
+	if len(cfg.listen) == 0 {
+		return usage("--listen: no address")
+	}
+	log.InfoContext(ctx, "starting", "version", version)
+
+	st, err := openStore(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, st.Close()) }()
+
+	listeners, lines, err := openListeners(ctx, cfg)
+	defer func() {
+		for _, l := range listeners {
+			_ = l.Close() // the server has closed it; this one gives its path free
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	var metrics net.Listener
+	if cfg.metrics != "" {
+		l, err := listen(ctx, cfg.metrics, true) // metrics name no serial, host or caller
+		if err != nil {
+			return fmt.Errorf("--metrics: %w", err)
+		}
+		defer l.Close()
+		metrics, lines = l.Listener, append(lines, "metrics "+l.name)
+	}
+
+	s := server.New(server.Config{Store: st.Store, Insecure: cfg.insecure, Logger: log, Metrics: metrics})
+	plain := make([]net.Listener, 0, len(listeners))
+	for _, l := range listeners {
+		plain = append(plain, l.Listener)
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.Run(gctx, plain...) })
+	g.Go(func() error { return st.watch(gctx, log) })
+	g.Go(func() error { return announce(gctx, s.Loaded(), cfg.readyFile, lines, log, stdout) })
+	g.Go(func() error { return watchdog(gctx) })
+	err = g.Wait()
+	if err == nil {
+		log.InfoContext(ctx, "stopped")
+	}
+	return err
+}
+
+func openListeners(ctx context.Context, cfg config) (listeners []listener, lines []string, err error) {
+	for _, address := range cfg.listen {
+		l, err := listen(ctx, address, cfg.insecure)
+		if err != nil {
+			return listeners, nil, fmt.Errorf("--listen: %w", err)
+		}
+		listeners, lines = append(listeners, l), append(lines, "listen "+l.name)
+	}
+	return listeners, lines, nil
+}
+
+// announce says that the server listens: on standard output, in the ready file, and to systemd.
+func announce(ctx context.Context, loaded <-chan struct{}, file string, lines []string, log *slog.Logger, stdout io.Writer) error {
+	t := time.NewTimer(loadPatience)
+	defer t.Stop()
+	select {
+	case <-loaded:
+	case <-t.C:
+		log.WarnContext(ctx, "the store has not been read yet; until it is, calls are answered STORE_UNAVAILABLE")
+	case <-ctx.Done():
+		return nil
+	}
+	text := strings.Join(append(lines, "ready"), "\n") + "\n"
+	log.InfoContext(ctx, "listening", "addresses", strings.Join(lines, ", "))
+	if file != "" {
+		if err := renameio.WriteFile(file, []byte(text), 0o644); err != nil {
+			return fmt.Errorf("--ready-file: %w", err)
+		}
+	}
+	if _, err := io.WriteString(stdout, text); err != nil {
+		log.WarnContext(ctx, "standard output is gone", "error", err)
+	}
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		return fmt.Errorf("tell systemd: %w", err)
+	}
+	<-ctx.Done()
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+	return nil
+}
+
+// watchdog tells systemd that this process is scheduled, twice as often as it asks.
+func watchdog(ctx context.Context) error {
+	every, err := daemon.SdWatchdogEnabled(false)
+	if err != nil || every == 0 {
+		return err
+	}
+	t := time.NewTicker(every / 2)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// store is the pool's store with what it rests on.
+type store struct {
+	*etcdstore.Store
+	client *etcdstore.Client
+	etcd   *etcdembed.Server // nil: one that is not ours
+}
+
+func openStore(ctx context.Context, cfg config, log *slog.Logger) (*store, error) {
+	if len(cfg.etcd.urls) > 0 {
+		if plain := cfg.etcd.plainRemote(); plain != "" {
+			log.WarnContext(ctx, "etcd is reached in plain text: whoever sits between can change serials; use https with client certificates", "etcd", plain)
+		}
+		st, err := cfg.etcd.open()
+		if err != nil {
+			return nil, err
+		}
+		return st, nil
+	}
+	etcd, err := etcdembed.Start(ctx, etcdembed.Config{Dir: cfg.dataDir, Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	own := cfg.etcd
+	own.urls = []string{etcd.Endpoint()}
+	st, err := own.open()
+	if err != nil {
+		return nil, errors.Join(err, etcd.Close())
+	}
+	st.etcd = etcd
+	if err := initEmpty(ctx, st, log); err != nil {
+		return nil, errors.Join(err, st.Close())
+	}
+	return st, nil
+}
+
+func (e etcdFlags) open() (*store, error) {
+	cfg, err := e.store()
+	if err != nil {
+		return nil, err
+	}
+	client, err := etcdstore.Dial(cfg)
+	if err != nil {
+		return nil, err
+	}
+	st, err := etcdstore.New(client, e.pool)
+	if err != nil {
+		return nil, errors.Join(err, client.Close())
+	}
+	return &store{Store: st, client: client}, nil
+}
+
+// watch notices an etcd of ours that stopped by itself, and looks once at one that is not.
+func (s *store) watch(ctx context.Context, log *slog.Logger) error {
+	if s.etcd == nil {
+		warnings, err := s.client.CheckServer(ctx)
+		for _, w := range warnings {
+			log.WarnContext(ctx, w)
+		}
+		if err != nil && ctx.Err() == nil {
+			log.WarnContext(ctx, "etcd was not checked", "error", err)
+		}
+		return nil
+	}
+	select {
+	case <-s.etcd.Done():
+		return errors.New("the embedded etcd has stopped; the log says why")
+	case <-ctx.Done():
+		return nil
+	}
+}
+
+func (s *store) Close() error {
+	err := s.client.Close()
+	if s.etcd != nil {
+		err = errors.Join(err, s.etcd.Close())
+	}
+	return err
+}
