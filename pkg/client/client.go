@@ -42,9 +42,12 @@ const HostMetadata = "nsalloc-host"
 const (
 	// maxAnswer bounds one answer. A page is a megabyte or so; one registration's answer can be larger.
 	maxAnswer = 32 << 20
-	// Keepalive finds a server that is gone without a word. The server allows one ping each 10 s.
-	keepaliveTime    = 30 * time.Second
-	keepaliveTimeout = 10 * time.Second
+	// maxCall bounds one call, however far the caller's own deadline is: what waits at a server that is
+	// gone without a word is asked again elsewhere.
+	maxCall = 10 * time.Second
+	// Keepalive finds such a server also where nothing is asked. Servers allow a ping each 5 s.
+	keepaliveTime    = 10 * time.Second
+	keepaliveTimeout = 3 * time.Second
 )
 
 // reads are the methods that change nothing, of the server's services and of the agent's. They may be
@@ -210,6 +213,8 @@ func identify(host string) grpc.UnaryClientInterceptor {
 
 // convert makes every error of a call the domain's.
 func convert(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	ctx, cancel := context.WithTimeout(ctx, maxCall)
+	defer cancel()
 	left := new(atomic.Bool)
 	err := invoke(context.WithValue(ctx, leftKey{}, left), method, req, reply, cc, opts...)
 	sent := wire.MaybeSent
