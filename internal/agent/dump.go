@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -30,9 +31,23 @@ func (a *Agent) preDump(ctx context.Context, n *run, req *hookRequest) (string, 
 		return "", nil
 	}
 	n.rec.Mode = modeOwn
-	_, err = a.numberDump(ctx, n, root, procs)
-	return "", err
+	if _, err = a.numberDump(ctx, n, root, procs); err != nil {
+		return "", err
+	}
+	return "", a.askPool(ctx)
 }
+
+// askPool makes sure that the pool answers before anything is frozen: the veto at post-dump would come
+// after a deadline with the container frozen all the while.
+func (a *Agent) askPool(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, poolAnswers)
+	defer cancel()
+	_, err := a.pool.GetPool(ctx)
+	return err
+}
+
+// poolAnswers is how long the pool may take to show that it is there.
+const poolAnswers = 3 * time.Second
 
 // refuseLazy refuses a dump whose pages are sent after post-dump: a broken transfer resumes the source,
 // perhaps while the target runs. Only CRIU's command line tells; under RPC nothing does.
@@ -176,7 +191,9 @@ func (a *Agent) openCheckpoint(ctx context.Context, n *run, dir *os.File, m *cri
 		return err
 	}
 	// On disk before it can be in the store: whatever happens next, the settling knows which dump it was.
+	// And burned: a later dump must not get this serial, or the settling would take one for the other.
 	n.rec.Checkpoint = m.Checkpoint
+	a.registrar.burn(m.Checkpoint)
 	if err := a.runs.save(n); err != nil {
 		return err
 	}
@@ -187,7 +204,7 @@ func (a *Agent) openCheckpoint(ctx context.Context, n *run, dir *os.File, m *cri
 	if err := a.registrar.moved(h, err); err != nil {
 		return err
 	}
-	_, left, _ := a.registrar.ranges.Take(1)
+	_, left, _ := a.registrar.ranges.Take(spend.Count())
 	a.registrar.spent(left)
 	return nil
 }

@@ -24,6 +24,10 @@ type registrar struct {
 	turn   chan struct{} // holds one token: a lock that can be waited for with a deadline
 	ranges alloc.Ranges  // what is left to spend; by whoever holds turn
 	id     identity      // by whoever holds turn
+	// burned are serials that a record on our disk names although the pool may never have seen them: they
+	// are spent with the next command and given to nothing, or one serial would stand for two things. By
+	// whoever holds turn.
+	burned map[alloc.Serial]bool
 	stale  atomic.Bool   // the pool's records must be read anew before anything is spent
 	read   atomic.Int64  // when they were, in Unix nanoseconds
 	left   atomic.Uint64 // ranges.Count(), for readers
@@ -31,7 +35,7 @@ type registrar struct {
 }
 
 func newRegistrar(a *Agent) *registrar {
-	r := &registrar{a: a, turn: make(chan struct{}, 1)}
+	r := &registrar{a: a, turn: make(chan struct{}, 1), burned: map[alloc.Serial]bool{}}
 	r.turn <- struct{}{}
 	return r
 }
@@ -117,27 +121,59 @@ func (r *registrar) mutation() alloc.Mutation {
 }
 
 // take sets aside n serials for one command; by the holder. Nothing is spent until that command
-// commits: it names them, and the pool compares.
+// commits: it names all of spend, and the pool compares. spend begins with what has to be burned.
 func (r *registrar) take(ctx context.Context, n int) (spend alloc.Ranges, serials []alloc.Serial, err error) {
-	if r.ranges.Count() < uint64(n)+lowWater {
-		granted, err := r.a.pool.Grant(ctx, alloc.GrantCommand{Mutation: r.mutation(), Count: max(grantSize, uint64(n))})
+	skip := r.toBurn()
+	need := skip + uint64(n)
+	if n > 0 && r.ranges.Count() < need+lowWater {
+		granted, err := r.a.pool.Grant(ctx, alloc.GrantCommand{Mutation: r.mutation(), Count: max(grantSize, need)})
 		switch {
 		case err == nil:
 			r.spent(granted)
-		case r.ranges.Count() < uint64(n):
+		case r.ranges.Count() < need:
 			return nil, nil, r.failed(err)
 		default:
 			_ = r.failed(err) // there is enough for this command; the next one asks again
 		}
 	}
-	spend, _, ok := r.ranges.Take(uint64(n))
+	spend, _, ok := r.ranges.Take(need)
 	if !ok {
-		return nil, nil, fmt.Errorf("%d serials are needed, the pool granted %d", n, r.ranges.Count())
+		return nil, nil, fmt.Errorf("%d serials are needed, the pool granted %d", need, r.ranges.Count())
 	}
 	for s := range spend.All() {
+		if skip > 0 {
+			skip--
+			continue
+		}
 		serials = append(serials, s)
 	}
 	return spend, serials, nil
+}
+
+// burn keeps a serial from being given to anything else; by the holder.
+func (r *registrar) burn(s alloc.Serial) { r.burned[s] = true }
+
+// toBurn counts the serials at the front of our ranges up to the last burned one, and forgets those
+// that are spent.
+func (r *registrar) toBurn() uint64 {
+	var skip uint64
+	for s := range r.burned {
+		var before uint64
+		found := false
+		for _, held := range r.ranges {
+			if held.Contains(s) {
+				before, found = before+uint64(s-held.First)+1, true
+				break
+			}
+			before += held.Count
+		}
+		if !found {
+			delete(r.burned, s)
+			continue
+		}
+		skip = max(skip, before)
+	}
+	return skip
 }
 
 // spent notes what the pool says is left.

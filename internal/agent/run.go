@@ -202,6 +202,9 @@ func (r *runs) load() error {
 			return err
 		}
 		n := newRun(rec)
+		if rec.Phase == criuhook.Dump && rec.Checkpoint != 0 {
+			r.a.registrar.burn(rec.Checkpoint) // nobody else is there yet
+		}
 		if rec.BootID != r.a.bootID() {
 			n.key = rec.BootID + "-" + n.key
 		}

@@ -183,11 +183,12 @@ func (a *Agent) burnCheckpoint(ctx context.Context, n *run) (string, error) {
 	}
 	defer done()
 	if s := a.book.sandbox(n.rec.Sandbox); s != nil && s.State == alloc.StateRunning {
-		spend, _, err := a.registrar.take(ctx, 1)
+		a.registrar.burn(n.rec.Checkpoint)
+		spend, _, err := a.registrar.take(ctx, 0)
 		if err != nil {
 			return "", err
 		}
-		if !spend.Contains(n.rec.Checkpoint) {
+		if len(spend) == 0 {
 			return "over before a checkpoint was committed", nil
 		}
 		if _, err := a.registrar.register(ctx, spend, alloc.RegisterItem{Sandbox: s.Serial, Epoch: s.Epoch}); err != nil {
