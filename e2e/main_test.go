@@ -70,7 +70,7 @@ func newPool(t *testing.T, hosts ...string) *pool {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if t.Failed() {
+		if t.Failed() || os.Getenv("NSALLOC_E2E_LOGS") != "" {
 			t.Log(p.Logs())
 		}
 		if err := p.Close(); err != nil {
