@@ -1,7 +1,7 @@
 package alloc
 
 import (
-	"slices"
+	"fmt"
 	"time"
 )
 
@@ -35,10 +35,32 @@ func (h Handoff) Next(e Event, at Moment) (Handoff, error) {
 		c := *h.Checkpoint
 		n.Checkpoint = &c
 	}
+	if err := n.sound(); err != nil {
+		return h, err
+	}
+	at.Now = at.Now.UTC().Round(0)
 	if err := e.next(&n, at); err != nil {
 		return h, err
 	}
 	return n, nil
+}
+
+// sound refuses records that no events lead to, so that the rules below can rest on them.
+func (h *Handoff) sound() error {
+	s := &h.Sandbox
+	var what string
+	switch claimed := s.State == StateClaimed; {
+	case claimed && s.Claim == nil:
+		what = "without a claimant"
+	case s.Claim != nil && s.Claim.From != StateInTransit && s.Claim.From != StateEnded:
+		what = fmt.Sprintf("by a claim from %q", s.Claim.From)
+	case (claimed || s.Claim != nil || s.State == StateDumped || s.State == StateInTransit) && !h.current(s.Checkpoint):
+		what = "without its checkpoint " + s.Checkpoint.String()
+	default:
+		return nil
+	}
+	return &Error{Reason: ReasonMalformed, Subject: subject(s), Msg: "its record says " + string(s.State) + " " + what,
+		Fix: "run nsalloc check; restore the record from a snapshot"}
 }
 
 // Evidence is what a source saw of a dumped tree that is dead.
@@ -63,6 +85,8 @@ const (
 	overReleased    = "released"
 	overEnded       = "ended"
 	overFenced      = "fenced"
+	// A claim that a fence gave back: unlike a fenced run, nothing ran.
+	overClaimFenced = "claim fenced"
 )
 
 // Dumped: a dump of the owner's has complete images, the tree is frozen.
@@ -74,11 +98,18 @@ type Dumped struct {
 
 func (e Dumped) next(h *Handoff, at Moment) error {
 	s := &h.Sandbox
-	if s.State == StateDumped && s.Owner == e.Host && s.Epoch == e.Epoch && s.Checkpoint == e.Checkpoint.Serial {
-		return nil
-	}
 	if err := s.ownedBy(e.Host, e.Epoch); err != nil {
 		return err
+	}
+	if c := h.Checkpoint; h.current(e.Checkpoint.Serial) {
+		// Recorded before. What became of that dump is settled: a late hook does not begin it anew.
+		switch {
+		case c.RunID != e.Checkpoint.RunID || c.Digest != e.Checkpoint.Digest:
+			return refuse(ReasonBound, "checkpoint "+c.Serial.String(), "it is of another dump")
+		case s.State != StateDumped:
+			return s.wrongState("dump it as "+c.Serial.String()+" again", StateDumped)
+		}
+		return nil
 	}
 	if s.State != StateRunning {
 		return s.wrongState("dump it", StateRunning)
@@ -115,7 +146,7 @@ func (e Stopped) next(h *Handoff, at Moment) error {
 	case NotGiven:
 		state, images = StateEnded, CheckpointVoid
 	default:
-		return invalid(subject(s), "evidence "+string(e.Evidence)+" is not known")
+		return invalid(subject(s), fmt.Sprintf("evidence %.40q is not known", e.Evidence))
 	}
 	if !h.current(e.Checkpoint) {
 		return h.notCurrent(e.Checkpoint)
@@ -212,10 +243,7 @@ func (e Bound) next(h *Handoff, at Moment) error {
 		return h.claimLost(e.Claimant)
 	}
 	if s.State == StateRunning {
-		return nil
-	}
-	if s.State != StateClaimed {
-		return s.wrongState("bind it", StateClaimed)
+		return s.boundAs(e)
 	}
 	if err := s.rebind(e, at.Now); err != nil {
 		return err
@@ -253,6 +281,7 @@ func (e Released) next(h *Handoff, at Moment) error {
 func (h *Handoff) giveBack(over string, now time.Time) {
 	s := &h.Sandbox
 	s.State = s.Claim.From
+	s.undoBind(h.Checkpoint.Consumed)
 	h.Checkpoint.State, h.Checkpoint.Claimant, h.Checkpoint.Consumed = CheckpointOpen, nil, time.Time{}
 	if s.State == StateEnded {
 		h.Checkpoint.State = CheckpointCopy
@@ -297,7 +326,7 @@ func (e Fenced) next(h *Handoff, at Moment) error {
 	case StateDumped:
 		s.State = StateInTransit
 	case StateClaimed:
-		h.giveBack(overFenced, at.Now)
+		h.giveBack(overClaimFenced, at.Now)
 	default:
 		return nil // nothing of it is on that host any more
 	}
@@ -306,140 +335,9 @@ func (e Fenced) next(h *Handoff, at Moment) error {
 	return nil
 }
 
-// Outcome is what a restore may do.
-type Outcome string
-
-// The outcomes of Admit.
-const (
-	// MayClaim: go on as the sandbox itself.
-	MayClaim Outcome = "claim"
-	// MayClone: go on with fresh serials.
-	MayClone Outcome = "clone"
-)
-
-// Admit says what a restore of checkpoint c may do, given c's sandbox. The digest is that of the
-// manifest found in the images. An error means: do not restore, or wait when it says RetryAfter.
-func Admit(c *Checkpoint, s *Sandbox, digest Digest, who Claimant, p Policy) (Outcome, string, error) {
-	about := "checkpoint " + c.Serial.String()
-	current := s.Checkpoint == c.Serial
-	switch {
-	case digest != c.Digest:
-		return "", "", &Error{Reason: ReasonManifest, Subject: about,
-			Msg: "the manifest in the images is not the one that host " + c.Source + " recorded",
-			Fix: "copy the image directory again, with nsalloc.json as it was"}
-	case current && s.holds(who):
-		return MayClaim, "", nil
-	case c.State == CheckpointVoid:
-		return "", "", &Error{Reason: ReasonVoid, Subject: about,
-			Msg: "its dump on host " + c.Source + " was vetoed, and the sandbox ran on",
-			Fix: "dump sandbox " + s.Serial.String() + " again"}
-	case current && s.State == StateInTransit && c.State == CheckpointOpen:
-		return MayClaim, "", nil
-	case current && s.State == StateEnded && c.State == CheckpointCopy && p.Over == PolicyResume:
-		return MayClaim, "", nil
-	case current && s.State == StateEnded && c.State == CheckpointCopy && p.Over == PolicyRefuse:
-		return "", "", refuse(ReasonRefused, about, "sandbox %s is over and the pool's policy refuses to bring it back from a copy", s.Serial)
-	case current && s.State == StateDumped:
-		return "", "", &Error{Reason: ReasonNotConfirmed, Subject: about,
-			Msg: "source host " + c.Source + " has not confirmed that the dumped processes are gone",
-			Fix: "wait; if host " + c.Source + " is lost for good, fence it", RetryAfter: retrySoon}
-	case current && s.State == StateClaimed:
-		return "", "", &Error{Reason: ReasonClaimed, Subject: about,
-			Msg: "run " + s.Claim.Run + " on host " + s.Owner + " is restoring it",
-			Fix: "wait for that restore to end", RetryAfter: retrySoon}
-	case current && s.State == StateEnded && c.State == CheckpointCopy:
-		return MayClone, "sandbox " + s.Serial.String() + " is over and the pool's policy clones copies", nil
-	case p.Live == PolicyRefuse:
-		return "", "", refuse(ReasonRefused, about, "it is %s, sandbox %s is %s, and the pool's policy refuses a clone", c.State, s.Serial, s.State)
-	default:
-		return MayClone, "checkpoint " + c.Serial.String() + " is " + string(c.State) + " and its sandbox " + s.Serial.String() + " is " + string(s.State) + " on host " + s.Owner, nil
-	}
-}
-
-// rebind replaces the kernel identities after a restore. What is not in e.Bindings was not in the
-// images: it is gone.
-func (s *Sandbox) rebind(e Bound, now time.Time) error {
-	now = now.UTC()
-	seen := map[Serial]bool{}
-	for _, n := range e.Bindings {
-		b, ok := s.Binding(n.Serial)
-		switch {
-		case seen[n.Serial]:
-			return refuse(ReasonBound, subject(s), "serial %s stands twice in the bindings", n.Serial)
-		case !ok:
-			return refuse(ReasonBound, subject(s), "serial %s is not of this sandbox", n.Serial)
-		case b.Type != n.Type:
-			return refuse(ReasonBound, subject(s), "serial %s is a %s namespace's, not a %s's", n.Serial, b.Type, n.Type)
-		case !b.Live():
-			return refuse(ReasonBound, subject(s), "serial %s is of a namespace that is gone since %s", n.Serial, b.Gone.Format(time.RFC3339))
-		}
-		if err := n.validate(e.Claimant.BootID); err != nil {
-			return err
-		}
-		seen[n.Serial], b.Kernel = true, n.Kernel
-	}
-	for i := range s.Bindings {
-		if b := &s.Bindings[i]; b.Live() && !seen[b.Serial] {
-			b.Gone = now
-		}
-	}
-	if err := s.add(e.Fresh, e.Claimant.BootID, now); err != nil {
-		return err
-	}
-	return s.setLabels(e.Labels)
-}
-
-// add appends bindings of namespaces that the sandbox did not have, and proves that each live
-// namespace of it stands under one serial.
-func (s *Sandbox) add(fresh []Binding, bootID string, now time.Time) error {
-	for _, b := range fresh {
-		if err := b.validate(bootID); err != nil {
-			return err
-		}
-		if _, ok := s.Binding(b.Serial); ok {
-			return refuse(ReasonBound, subject(s), "serial %s is bound already", b.Serial)
-		}
-		b.Bound, b.Gone = now, time.Time{}
-		s.Bindings = append(s.Bindings, b)
-	}
-	if len(s.Bindings) > MaxBindings {
-		return refuse(ReasonTooLarge, subject(s), "%d namespaces, %d are allowed", len(s.Bindings), MaxBindings)
-	}
-	live := map[string]Serial{}
-	for _, b := range s.Bindings {
-		if !b.Live() {
-			continue
-		}
-		key := b.Kernel.Key(b.Type)
-		if other, ok := live[key]; ok {
-			return refuse(ReasonBound, subject(s), "%s namespace %s has serial %s already, %s cannot be added", b.Type, key, other, b.Serial)
-		}
-		live[key] = b.Serial
-	}
-	return nil
-}
-
-func (s *Sandbox) setLabels(set map[string]string) error {
-	if len(set) == 0 {
-		return nil
-	}
-	labels := make(map[string]string, len(s.Labels)+len(set))
-	for k, v := range s.Labels {
-		labels[k] = v
-	}
-	for k, v := range set {
-		labels[k] = v
-	}
-	if err := validateLabels(subject(s), labels); err != nil {
-		return err
-	}
-	s.Labels = labels
-	return nil
-}
-
 // holds reports whether who claimed the sandbox, or restored it, in this epoch.
 func (s *Sandbox) holds(who Claimant) bool {
-	return s.Claim != nil && s.Claim.Claimant == who && slices.Contains([]SandboxState{StateClaimed, StateRunning}, s.State)
+	return s.Claim != nil && s.Claim.Claimant == who && (s.State == StateClaimed || s.State == StateRunning)
 }
 
 func (s *Sandbox) ownedBy(host string, epoch Epoch) error {

@@ -3,6 +3,7 @@ package alloc
 import (
 	"fmt"
 	"regexp"
+	"slices"
 	"time"
 )
 
@@ -27,6 +28,14 @@ type Host struct {
 	Requests []RequestMark `json:"-"`
 	// Extra holds what a newer version stored in this record; see Pool.Extra.
 	Extra []byte `json:"-"`
+}
+
+// in is a copy of h for a change in generation g: ranges die with their generation, so that older ones
+// are burned by the next write.
+func (h *Host) in(g Generation) *Host {
+	c := *h
+	c.Granted = slices.DeleteFunc(slices.Clone(h.Granted), func(r Range) bool { return r.First.Generation() != g })
+	return &c
 }
 
 // MaxGrantedRanges bounds the host record: a host with so many unfinished ranges is refused more.

@@ -24,8 +24,8 @@ func (c HelloCommand) validate() error {
 	if err := ValidateBootID(c.BootID); err != nil {
 		return err
 	}
-	if len(c.Nonce) < 16 || len(c.Nonce) > 64 {
-		return invalid("nonce", fmt.Sprintf("it has %d bytes, 16 to 64 are allowed", len(c.Nonce)))
+	if err := validText("nonce", c.Nonce, 16, 64); err != nil {
+		return err
 	}
 	return validateLabels("host "+c.Host, c.Labels)
 }
@@ -36,7 +36,8 @@ func (c HelloCommand) validate() error {
 // incarnation, and what was left of the older one's ranges is burned.
 //
 // Committed when it returns: incarnation, nonce, boot id, labels. Errors: ErrInvalid, ErrPoolMissing
-// (the state is of another pool), ErrRequestReused, ErrRequestExpired, ErrConflict, ErrUnknownOutcome.
+// (the state is of another pool), ErrStaleIncarnation (a newer life has said Hello since this request),
+// ErrRequestReused, ErrRequestExpired, ErrConflict, ErrUnknownOutcome.
 func (s *Service) Hello(ctx context.Context, cmd HelloCommand) (*Host, *Pool, error) {
 	if err := cmd.validate(); err != nil {
 		return nil, nil, err
@@ -48,65 +49,64 @@ func (s *Service) Hello(ctx context.Context, cmd HelloCommand) (*Host, *Pool, er
 	if err != nil {
 		return nil, nil, err
 	}
-	for try := range conflictTries {
-		if try > 0 && pause(ctx, try) != nil {
-			break
+	var host *Host
+	var pool *Pool
+	err = settle(ctx, func() (bool, error) {
+		entries, _, err := s.store.Get(ctx, Key{Kind: KindPool}, HostKey(cmd.Host))
+		if err != nil {
+			return false, err
 		}
-		host, pool, tx, err := s.helloPlan(ctx, cmd, digest)
-		if err != nil || len(tx.Put) == 0 {
-			return host, pool, err
+		if pool, err = openPool(entries[0]); err != nil {
+			return false, err
+		}
+		known, ok := entries[1].Record.(*Host)
+		if !ok {
+			known = &Host{Name: cmd.Host}
+		}
+		var changed bool
+		if host, changed, err = s.hello(pool, known, cmd, digest); err != nil || !changed {
+			return true, err
+		}
+		tx := Tx{Put: []Record{host}}
+		for _, e := range entries {
+			tx.Guards = append(tx.Guards, Guard{Key: e.Key, Token: e.Token})
 		}
 		_, err = s.store.Commit(ctx, tx)
-		if err == nil {
-			return host, pool, nil
-		}
-		// After an unknown outcome the next try finds this nonce in the record, or commits in its place.
-		if r := ReasonOf(err); r != ReasonConflict && r != ReasonUnknownOutcome {
-			return nil, nil, err
-		}
+		return false, err
+	})
+	if err != nil {
+		return nil, nil, err
 	}
-	return nil, nil, &Error{Reason: ReasonUnknownOutcome, Subject: "host " + cmd.Host, Msg: "the store did not confirm its Hello", Fix: "say Hello again with the same nonce", RetryAfter: retrySoon}
+	return host, pool, nil
 }
 
-func (s *Service) helloPlan(ctx context.Context, cmd HelloCommand, digest Digest) (*Host, *Pool, Tx, error) {
-	entries, _, err := s.store.Get(ctx, Key{Kind: KindPool}, HostKey(cmd.Host))
-	if err != nil {
-		return nil, nil, Tx{}, err
-	}
-	pool, err := poolOf(entries[0])
-	if err == nil {
-		err = pool.check()
-	}
-	if err != nil {
-		return nil, nil, Tx{}, err
-	}
+// hello is the host's record after cmd, and whether it has changed.
+func (s *Service) hello(pool *Pool, known *Host, cmd HelloCommand, digest Digest) (*Host, bool, error) {
 	if cmd.PoolUUID != "" && cmd.PoolUUID != pool.UUID {
-		return nil, nil, Tx{}, &Error{Reason: ReasonPoolMissing, Subject: "host " + cmd.Host,
-			Msg: fmt.Sprintf("its agent's state is of pool %s, this server keeps pool %s", cmd.PoolUUID, pool.UUID),
+		return nil, false, &Error{Reason: ReasonPoolMissing, Subject: "host " + cmd.Host,
+			Msg: fmt.Sprintf("its agent's state is of pool %.80q, this server keeps pool %s", cmd.PoolUUID, pool.UUID),
 			Fix: "point the agent at the servers of its own pool, or give it an empty state directory"}
 	}
-	var host Host
-	if known, ok := entries[1].Record.(*Host); ok {
-		host = *known
-		if found, err := marked(host.Requests, cmd.RequestID, digest); found || err != nil {
-			return &host, pool, Tx{}, err
-		}
+	host := known.in(pool.Generation)
+	found, err := marked(host.Requests, cmd.RequestID, digest)
+	if err == nil && found && host.Nonce != cmd.Nonce {
+		// To answer the record as it is would give this life the incarnation and the ranges of the other.
+		err = staleIncarnation(cmd.Host, "another life of its agent's state has said Hello since this request")
+	}
+	if found || err != nil {
+		return host, false, err
 	}
 	goesOn := host.Incarnation != 0 && host.Nonce == cmd.Nonce && (cmd.Incarnation == host.Incarnation || cmd.Incarnation == 0)
 	if goesOn && host.BootID == cmd.BootID && maps.Equal(host.Labels, cmd.Labels) {
-		return &host, pool, Tx{}, nil
+		return host, false, nil
 	}
 	if !goesOn {
-		host.Name, host.Nonce, host.Granted = cmd.Host, cmd.Nonce, nil
+		host.Nonce, host.Granted = cmd.Nonce, nil
 		host.Incarnation = host.Incarnation.next(pool.Generation)
 	}
-	host.BootID, host.Labels, host.Hello = cmd.BootID, cmd.Labels, s.now()
+	host.BootID, host.Labels, host.Hello = cmd.BootID, maps.Clone(cmd.Labels), s.now()
 	host.Requests = mark(host.Requests, cmd.RequestID, digest)
-	tx := Tx{Put: []Record{&host}}
-	for _, e := range entries {
-		tx.Guards = append(tx.Guards, Guard{Key: e.Key, Token: e.Token})
-	}
-	return &host, pool, tx, nil
+	return host, true, nil
 }
 
 // GrantCommand asks for a range for the caller's host.
@@ -134,7 +134,8 @@ func (s *Service) Grant(ctx context.Context, cmd GrantCommand) (Ranges, error) {
 	defer s.counter.Unlock()
 	var granted Ranges
 	counterKey := Key{Kind: KindCounter}
-	err = s.change(ctx, cmd.Mutation, []Key{counterKey}, func(w *world) error {
+	keys := func() ([]Key, error) { return []Key{counterKey}, nil }
+	err = s.change(ctx, cmd.Mutation, keys, func(w *world) error {
 		granted = w.host.Granted
 		if found, err := marked(w.host.Requests, cmd.RequestID, digest); found || err != nil {
 			return err

@@ -3,6 +3,7 @@ package alloc
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -15,9 +16,6 @@ const (
 	// issueTimeout bounds one shared transaction with its retries; it is not the callers' deadline,
 	// because they share it.
 	issueTimeout = 10 * time.Second
-	// sweepAge is how old a request record gets before it is deleted: longer than any server looks
-	// for it.
-	sweepAge = 2 * RequestLife
 )
 
 // AllocateCommand asks for serials that belong to nothing yet.
@@ -59,6 +57,9 @@ func (s *Service) Allocate(ctx context.Context, cmd AllocateCommand) (Ranges, er
 	if err != nil {
 		return nil, err
 	}
+	if err := context.Cause(ctx); err != nil {
+		return nil, &Error{Reason: ReasonUnavailable, Subject: "request " + cmd.RequestID, Msg: "the caller had left already; nothing was issued", Err: err}
+	}
 	a := &allocation{cmd: cmd, digest: digest, ctx: ctx, done: make(chan struct{})}
 	if err := s.enqueue(a); err != nil {
 		return nil, err
@@ -67,6 +68,11 @@ func (s *Service) Allocate(ctx context.Context, cmd AllocateCommand) (Ranges, er
 	case <-a.done:
 		return a.ranges, a.err
 	case <-ctx.Done():
+		select {
+		case <-a.done: // both: the answer says more
+			return a.ranges, a.err
+		default:
+		}
 		return nil, &Error{Reason: ReasonUnknownOutcome, Subject: "request " + cmd.RequestID, Msg: "the caller's deadline passed before the store answered",
 			Fix: "ask again with the same request id", Err: context.Cause(ctx)}
 	}
@@ -130,7 +136,7 @@ func (s *Service) issue(batch []*allocation) {
 		delete(open, a.cmd.RequestID)
 		a.answer(r, err)
 		for _, f := range followers[a.cmd.RequestID] {
-			f.answer(r, err)
+			f.answer(slices.Clone(r), err)
 		}
 	}
 	err := s.issueTries(ctx, order, open, answer)
@@ -141,41 +147,23 @@ func (s *Service) issue(batch []*allocation) {
 	}
 }
 
-// issueTries commits the calls in open. A try whose outcome is unknown is followed by another one that
-// first looks for the records of the lost one, and whose guards exclude that both take effect: both
-// need the counter at the value that they read, and the request records absent.
+// issueTries commits the calls in open and answers those that got their serials. Guards exclude that
+// two tries both take effect: both need the counter at the value that they read, and change it. A try
+// after a lost one first looks for the request records of that one.
 func (s *Service) issueTries(ctx context.Context, order []*allocation, open map[string]*allocation, answer func(*allocation, Ranges, error)) error {
-	var unknown error
-	for try := range conflictTries {
-		if try > 0 && pause(ctx, try) != nil {
-			break
-		}
+	return settle(ctx, func() (bool, error) {
 		b, err := s.plan(ctx, order, open, answer)
-		if err != nil {
-			if unknown != nil {
-				return unknown
-			}
-			return err
+		if err != nil || len(b.grants) == 0 {
+			return false, err
 		}
-		if len(b.grants) == 0 {
-			return nil
+		if _, err = s.store.Commit(ctx, b.tx); err != nil {
+			return false, err
 		}
-		_, err = s.store.Commit(ctx, b.tx)
-		switch ReasonOf(err) {
-		case ReasonConflict:
-		case ReasonUnknownOutcome:
-			unknown = err
-		default:
-			for a, r := range b.grants {
-				answer(a, r, err)
-			}
-			return err
+		for a, r := range b.grants {
+			answer(a, r, nil)
 		}
-	}
-	if unknown != nil {
-		return unknown
-	}
-	return &Error{Reason: ReasonConflict, Msg: "other servers moved the pool's counter again and again; nothing was issued", Fix: "try again", RetryAfter: retrySoon}
+		return true, nil
+	})
 }
 
 // batchPlan is one transaction and who gets what when it commits.
@@ -185,7 +173,7 @@ type batchPlan struct {
 }
 
 func (s *Service) plan(ctx context.Context, order []*allocation, open map[string]*allocation, answer func(*allocation, Ranges, error)) (*batchPlan, error) {
-	keys := []Key{{Kind: KindPool}, {Kind: KindCounter}}
+	keys := []Key{{Kind: KindPool}, {Kind: KindCounter}, {Kind: KindRequest, ID: sweptID}}
 	for _, a := range order {
 		if open[a.cmd.RequestID] != nil {
 			keys = append(keys, Key{Kind: KindRequest, ID: a.cmd.RequestID})
@@ -202,7 +190,7 @@ func (s *Service) plan(ctx context.Context, order []*allocation, open map[string
 	p := &batchPlan{grants: map[*allocation]Ranges{}}
 	p.tx.Guards = []Guard{{Key: entries[0].Key, Token: entries[0].Token}, {Key: entries[1].Key, Token: entries[1].Token}}
 	now := s.now()
-	for _, e := range entries[2:] {
+	for _, e := range entries[3:] {
 		a := open[e.Key.ID]
 		if found, ok := e.Record.(*Request); ok {
 			if err := sameBody(found.ID, found.Digest, a.digest); err != nil {
@@ -210,6 +198,10 @@ func (s *Service) plan(ctx context.Context, order []*allocation, open map[string
 			} else {
 				answer(a, found.Ranges, nil)
 			}
+			continue
+		}
+		if swept(entries[2], e.Key.ID) {
+			answer(a, nil, requestExpired(e.Key.ID))
 			continue
 		}
 		r, err := counter.take(a.cmd.Count)
@@ -228,11 +220,8 @@ func (s *Service) plan(ctx context.Context, order []*allocation, open map[string
 
 // counterOf reads pool and counter from the first two entries and refuses what must not be issued from.
 func counterOf(entries []Entry) (*Counter, error) {
-	pool, err := poolOf(entries[0])
+	pool, err := openPool(entries[0])
 	if err != nil {
-		return nil, err
-	}
-	if err := pool.check(); err != nil {
 		return nil, err
 	}
 	c, ok := entries[1].Record.(*Counter)
@@ -256,25 +245,4 @@ func (c *Counter) take(n uint64) (Range, error) {
 	}
 	c.Next += n
 	return Range{First: first, Count: n}, nil
-}
-
-// SweepRequests deletes request records that are too old to be asked for, at most limit (1 to 100) of
-// them, oldest first. It returns how many.
-func (s *Service) SweepRequests(ctx context.Context, limit int) (int, error) {
-	entries, _, err := s.store.List(ctx, KindRequest, "", min(max(limit, 1), 100), 0)
-	if err != nil {
-		return 0, err
-	}
-	var tx Tx
-	oldest := s.now().Add(-sweepAge)
-	for _, e := range entries {
-		if at, err := requestTime(e.Key.ID); err == nil && at.Before(oldest) {
-			tx.Delete = append(tx.Delete, e.Key)
-		}
-	}
-	if len(tx.Delete) == 0 {
-		return 0, nil
-	}
-	_, err = s.store.Commit(ctx, tx)
-	return len(tx.Delete), err
 }

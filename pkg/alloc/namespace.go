@@ -93,9 +93,9 @@ func (b Binding) validate(bootID string) error {
 	case !b.Serial.Valid():
 		return invalid("binding", fmt.Sprintf("serial %d is out of range", uint64(b.Serial)))
 	case !b.Type.Valid():
-		return invalid("binding "+b.Serial.String(), fmt.Sprintf("namespace type %q is not one of %v", b.Type, namespaceTypes))
+		return invalid("binding "+b.Serial.String(), fmt.Sprintf("namespace type %.40q is not one of %v", b.Type, namespaceTypes))
 	case b.Kernel.BootID != bootID:
-		return invalid("binding "+b.Serial.String(), fmt.Sprintf("its namespace is of boot %q, the host said Hello for boot %q", b.Kernel.BootID, bootID))
+		return invalid("binding "+b.Serial.String(), fmt.Sprintf("its namespace is of boot %.80q, the host said Hello for boot %q", b.Kernel.BootID, bootID))
 	case b.Kernel.ID == 0 && b.Kernel.Inode == 0:
 		return invalid("binding "+b.Serial.String(), "it names no namespace: both kernel id and inode are 0")
 	case b.Kernel.ID == 0 && !b.Kernel.Weak:

@@ -65,11 +65,11 @@ func DefaultPolicy() Policy {
 func (p Policy) Validate() error {
 	switch {
 	case p.Live != PolicyClone && p.Live != PolicyRefuse:
-		return invalid("policy live", fmt.Sprintf("%q is not clone or refuse", p.Live))
+		return invalid("policy live", fmt.Sprintf("%.40q is not clone or refuse", p.Live))
 	case p.Over != PolicyResume && p.Over != PolicyClone && p.Over != PolicyRefuse:
-		return invalid("policy over", fmt.Sprintf("%q is not resume, clone or refuse", p.Over))
+		return invalid("policy over", fmt.Sprintf("%.40q is not resume, clone or refuse", p.Over))
 	case p.Unknown != PolicyAdopt && p.Unknown != PolicyRefuse:
-		return invalid("policy unknown", fmt.Sprintf("%q is not adopt or refuse", p.Unknown))
+		return invalid("policy unknown", fmt.Sprintf("%.40q is not adopt or refuse", p.Unknown))
 	}
 	return nil
 }
@@ -90,6 +90,9 @@ func (p *Pool) check() error {
 		return &Error{Reason: ReasonFormat, Subject: "pool " + p.UUID,
 			Msg: fmt.Sprintf("the store has format %d, this version writes %d", p.Format, FormatVersion),
 			Fix: "run servers of the version that wrote it, or a newer one"}
+	case p.Generation == 0 || p.Generation > MaxGeneration:
+		return &Error{Reason: ReasonMalformed, Subject: "pool " + p.UUID, Msg: fmt.Sprintf("its record has generation %d", p.Generation),
+			Fix: "restore the store from a snapshot; nothing is issued from this one"}
 	case p.State != PoolOpen:
 		return &Error{Reason: ReasonRecovering, Subject: "pool " + p.UUID,
 			Msg: "the store may have lost history, nothing is issued until the generation was raised",

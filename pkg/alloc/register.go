@@ -53,7 +53,7 @@ func (s *Service) Register(ctx context.Context, cmd RegisterCommand) ([]*Sandbox
 	}
 	var out []*Sandbox
 	var granted Ranges
-	err = s.change(ctx, cmd.Mutation, keys, func(w *world) error {
+	err = s.change(ctx, cmd.Mutation, func() ([]Key, error) { return keys, nil }, func(w *world) error {
 		out, granted = nil, w.host.Granted
 		done, err := marked(w.host.Requests, cmd.RequestID, digest)
 		if err != nil {
@@ -102,6 +102,7 @@ func (cmd RegisterCommand) validate() error {
 		return err
 	}
 	used := map[Serial]bool{}
+	live := map[string]Serial{}
 	for _, it := range cmd.Items {
 		about := "sandbox " + it.Sandbox.String()
 		fresh := cmd.Spend.Contains(it.Sandbox)
@@ -118,6 +119,8 @@ func (cmd RegisterCommand) validate() error {
 			return invalid(about, "a new sandbox has no namespaces that are gone")
 		case fresh && len(it.Add) == 0:
 			return invalid(about, "a new sandbox has at least one namespace")
+		case len(it.Add) > MaxBindings || len(it.Gone) > MaxBindings:
+			return refuse(ReasonTooLarge, about, "%d namespaces to add and %d that are gone, %d are allowed", len(it.Add), len(it.Gone), MaxBindings)
 		}
 		used[it.Sandbox] = true
 		for _, b := range it.Add {
@@ -127,10 +130,14 @@ func (cmd RegisterCommand) validate() error {
 			if used[b.Serial] {
 				return refuse(ReasonBound, about, "serial %s stands twice in the request", b.Serial)
 			}
-			if b.Parent != 0 && it.ParentCheckpoint == 0 {
-				return invalid(about, "a binding with a parent belongs to a clone")
+			if b.Parent != 0 && (it.ParentCheckpoint == 0 || !b.Parent.Valid()) {
+				return invalid(about, "a binding with a parent belongs to a clone, and the parent is a serial")
 			}
-			used[b.Serial] = true
+			key := b.Kernel.Key(b.Type)
+			if other, ok := live[key]; ok {
+				return refuse(ReasonBound, about, "%s namespace %s stands twice in the request, under serials %s and %s", b.Type, key, other, b.Serial)
+			}
+			used[b.Serial], live[key] = true, b.Serial
 		}
 	}
 	return nil
@@ -212,7 +219,7 @@ type EndCommand struct {
 
 // End records that a sandbox is over. Committed when it returns: its end. Errors as for the hand-off.
 func (s *Service) End(ctx context.Context, cmd EndCommand) (*Sandbox, error) {
-	h, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
+	h, _, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
 		return Over{Host: cmd.Host, Epoch: cmd.Epoch}, nil
 	})
 	if err != nil {

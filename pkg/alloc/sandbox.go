@@ -143,8 +143,11 @@ func validateLabels(subject string, labels map[string]string) error {
 		return invalid(subject, fmt.Sprintf("%d labels, %d are allowed", len(labels), maxLabels))
 	}
 	for k, v := range labels {
-		if k == "" || len(k) > maxLabelSize || len(v) > maxLabelSize {
-			return invalid(subject, fmt.Sprintf("label %.40q: names have 1 to %d bytes, values up to %d", k, maxLabelSize, maxLabelSize))
+		if err := validText(fmt.Sprintf("%s: name of label %.40q", subject, k), k, 1, maxLabelSize); err != nil {
+			return err
+		}
+		if err := validText(fmt.Sprintf("%s: value of label %.40q", subject, k), v, 0, maxLabelSize); err != nil {
+			return err
 		}
 	}
 	return nil

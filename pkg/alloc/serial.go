@@ -58,11 +58,11 @@ func (s Serial) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 // refused here. 0000000000000000 reads as the zero Serial, "none".
 func (s *Serial) UnmarshalText(text []byte) error {
 	if len(text) != 16 {
-		return invalid("serial", fmt.Sprintf("%q is not 16 hex digits", text))
+		return invalid("serial", fmt.Sprintf("%.80q is not 16 hex digits", text))
 	}
 	v, err := strconv.ParseUint(string(text), 16, 64)
 	if err != nil {
-		return invalid("serial", fmt.Sprintf("%q is not 16 hex digits", text))
+		return invalid("serial", fmt.Sprintf("%.80q is not 16 hex digits", text))
 	}
 	if v != 0 && !Serial(v).Valid() {
 		return invalid("serial", fmt.Sprintf("%q is out of range: generation and counter start at 1, the first bit is 0", text))
@@ -75,7 +75,7 @@ func (s *Serial) UnmarshalText(text []byte) error {
 // counter of generation current, with 15 digits at most. Upper-case digits are taken.
 func ParseSerial(text string, current Generation) (Serial, error) {
 	bad := func(why string) (Serial, error) {
-		return 0, invalid("serial", fmt.Sprintf("%q %s; write 16 hex digits, GEN:COUNTER, or a counter of the current generation, all in hex", text, why))
+		return 0, invalid("serial", fmt.Sprintf("%.80q %s; write 16 hex digits, GEN:COUNTER, or a counter of the current generation, all in hex", text, why))
 	}
 	gen, counter := uint64(current), text
 	if before, after, ok := strings.Cut(text, ":"); ok {
@@ -130,7 +130,7 @@ func parseCounted(what, text string) (uint64, error) {
 	g, err1 := strconv.ParseUint(before, 10, 15)
 	n, err2 := strconv.ParseUint(after, 10, counterBits)
 	if !ok || err1 != nil || err2 != nil || (g == 0) != (n == 0) {
-		return 0, invalid(what, fmt.Sprintf("%q is not GENERATION.NUMBER in decimal, such as 1.3", text))
+		return 0, invalid(what, fmt.Sprintf("%.80q is not GENERATION.NUMBER in decimal, such as 1.3", text))
 	}
 	return counted(Generation(g), n), nil
 }

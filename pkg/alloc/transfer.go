@@ -30,21 +30,27 @@ func (s *Service) Open(ctx context.Context, cmd OpenCommand) (Handoff, error) {
 	switch {
 	case !cmd.Spend.Contains(cmd.Checkpoint):
 		return Handoff{}, invalid("checkpoint "+cmd.Checkpoint.String(), "its serial is not spent in this request")
-	case len(cmd.RunID) > 64:
-		return Handoff{}, invalid("run id", fmt.Sprintf("it has %d bytes, 64 are allowed", len(cmd.RunID)))
 	case cmd.Digest == Digest{}:
 		return Handoff{}, invalid("digest", "it is missing")
 	}
+	if err := validText("run id", cmd.RunID, 0, 64); err != nil {
+		return Handoff{}, err
+	}
 	key := CheckpointKey(cmd.Checkpoint)
-	return s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, []Key{key}, func(w *world) (Event, error) {
-		if err := w.spend(cmd.Spend); err != nil {
+	h, _, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, []Key{key}, func(w *world) (Event, error) {
+		sb, err := w.sandbox(cmd.Sandbox)
+		if err != nil {
 			return nil, err
 		}
-		if w.get[key].Token != "" {
+		switch recorded := w.get[key].Token != ""; {
+		case recorded && sb.Checkpoint != cmd.Checkpoint:
 			return nil, refuse(ReasonBound, "checkpoint "+cmd.Checkpoint.String(), "there is one with this serial already")
+		case !recorded: // else its serial was spent before, and Next says whether this is the same dump
+			err = w.spend(cmd.Spend)
 		}
-		return Dumped{Host: cmd.Host, Epoch: cmd.Epoch, Checkpoint: Checkpoint{Serial: cmd.Checkpoint, RunID: cmd.RunID, Digest: cmd.Digest}}, nil
+		return Dumped{Host: cmd.Host, Epoch: cmd.Epoch, Checkpoint: Checkpoint{Serial: cmd.Checkpoint, RunID: cmd.RunID, Digest: cmd.Digest}}, err
 	})
+	return h, err
 }
 
 // ConfirmCommand says that a dumped tree was seen dead.
@@ -58,9 +64,10 @@ type ConfirmCommand struct {
 
 // Confirm ends the source's part. Committed when it returns: in transit, or ended. Errors as for Open.
 func (s *Service) Confirm(ctx context.Context, cmd ConfirmCommand) (Handoff, error) {
-	return s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
+	h, _, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
 		return Stopped{Host: cmd.Host, Epoch: cmd.Epoch, Checkpoint: cmd.Checkpoint, Evidence: cmd.Evidence}, nil
 	})
+	return h, err
 }
 
 // AbortCommand says that a dumped tree was seen running on.
@@ -75,9 +82,10 @@ type AbortCommand struct {
 // Abort takes a dump back. Committed when it returns: running under its old epoch, and the images a
 // copy or void. Errors as for Open.
 func (s *Service) Abort(ctx context.Context, cmd AbortCommand) (Handoff, error) {
-	return s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
+	h, _, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
 		return RanOn{Host: cmd.Host, Epoch: cmd.Epoch, Checkpoint: cmd.Checkpoint, ZeroGiven: cmd.ZeroGiven}, nil
 	})
+	return h, err
 }
 
 // ClaimCommand asks to restore the images of a checkpoint.
@@ -107,8 +115,8 @@ type ClaimAnswer struct {
 // a new epoch in the name of this run. MayClone commits nothing. Errors: those of Open, and ErrManifest,
 // ErrVoid, ErrRefused; ErrNotConfirmed and ErrClaimed are worth waiting for.
 func (s *Service) Claim(ctx context.Context, cmd ClaimCommand) (ClaimAnswer, error) {
-	if cmd.Run == "" || len(cmd.Run) > 128 {
-		return ClaimAnswer{}, invalid("run", "it has 1 to 128 bytes")
+	if err := validText("run", cmd.Run, 1, 128); err != nil {
+		return ClaimAnswer{}, err
 	}
 	if err := ValidateBootID(cmd.BootID); err != nil {
 		return ClaimAnswer{}, err
@@ -124,9 +132,9 @@ func (s *Service) Claim(ctx context.Context, cmd ClaimCommand) (ClaimAnswer, err
 			Fix: "check that the images are of this pool; to restore them as unknown ones, remove nsalloc.json from them"}
 	}
 	var a ClaimAnswer
-	a.Handoff, err = s.move(ctx, cmd.Mutation, cmd, found.Sandbox, []Key{CheckpointKey(cmd.Checkpoint)}, func(w *world) (Event, error) {
-		if w.host.BootID != cmd.BootID {
-			return nil, invalid("boot id", fmt.Sprintf("%s is not the boot that host %s said Hello for, %s", cmd.BootID, cmd.Host, w.host.BootID))
+	a.Handoff, _, err = s.move(ctx, cmd.Mutation, cmd, found.Sandbox, []Key{CheckpointKey(cmd.Checkpoint)}, func(w *world) (Event, error) {
+		if err := w.onBoot(cmd.BootID); err != nil {
+			return nil, err
 		}
 		sb, err := w.sandbox(found.Sandbox)
 		if err != nil {
@@ -146,10 +154,23 @@ func (s *Service) Claim(ctx context.Context, cmd ClaimCommand) (ClaimAnswer, err
 	if err != nil {
 		return ClaimAnswer{}, err
 	}
-	if a.Outcome == "" { // found by its request mark: it was committed
-		a.Outcome, a.Images = MayClaim, a.Checkpoint
+	if a.Outcome == MayClone {
+		return a, nil
 	}
+	// Committed just now, or before under this request id: then others may have gone on since.
+	if a.Sandbox.Checkpoint != cmd.Checkpoint || !a.Sandbox.holds(cmd.claimant()) {
+		return ClaimAnswer{}, a.claimLost(cmd.claimant())
+	}
+	a.Outcome, a.Images = MayClaim, a.Checkpoint
 	return a, nil
+}
+
+// onBoot refuses what is said of a boot that the host has left, or not said Hello for.
+func (w *world) onBoot(id string) error {
+	if w.host.BootID != id {
+		return invalid("boot id", fmt.Sprintf("%.80q is not the boot that host %s said Hello for, %s", id, w.host.Name, w.host.BootID))
+	}
+	return nil
 }
 
 // BindCommand carries the final namespaces of a claimed tree.
@@ -175,19 +196,24 @@ func (s *Service) Bind(ctx context.Context, cmd BindCommand) (Handoff, Ranges, e
 		if !cmd.Spend.Contains(b.Serial) {
 			return Handoff{}, nil, invalid("sandbox "+cmd.Sandbox.String(), "serial "+b.Serial.String()+" is not spent in this request")
 		}
+		if b.Parent != 0 {
+			return Handoff{}, nil, invalid("sandbox "+cmd.Sandbox.String(), "a binding with a parent belongs to a clone")
+		}
 	}
-	var granted Ranges
-	h, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(w *world) (Event, error) {
-		if err := w.spend(cmd.Spend); err != nil {
+	who := Claimant{Host: cmd.Host, BootID: cmd.BootID, Run: cmd.Run}
+	return s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(w *world) (Event, error) {
+		if err := w.onBoot(cmd.BootID); err != nil {
 			return nil, err
 		}
-		granted = w.host.Granted
-		return Bound{
-			Claimant: Claimant{Host: cmd.Host, BootID: cmd.BootID, Run: cmd.Run}, Epoch: cmd.Epoch,
-			Bindings: cmd.Bindings, Fresh: cmd.Fresh, Labels: cmd.Labels,
-		}, nil
+		sb, err := w.sandbox(cmd.Sandbox)
+		if err != nil {
+			return nil, err
+		}
+		if !sb.holds(who) || sb.State != StateRunning { // else they were spent by the Bind that made it run
+			err = w.spend(cmd.Spend)
+		}
+		return Bound{Claimant: who, Epoch: cmd.Epoch, Bindings: cmd.Bindings, Fresh: cmd.Fresh, Labels: cmd.Labels}, err
 	})
-	return h, granted, err
 }
 
 // ReleaseCommand gives a claim back.
@@ -202,60 +228,63 @@ type ReleaseCommand struct {
 // Release gives a claim back. Committed when it returns: the sandbox is where the claim took it from,
 // under the raised epoch. Errors as for Open.
 func (s *Service) Release(ctx context.Context, cmd ReleaseCommand) (Handoff, error) {
-	return s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
+	h, _, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
 		return Released{Claimant: Claimant{Host: cmd.Host, BootID: cmd.BootID, Run: cmd.Run}, Epoch: cmd.Epoch}, nil
 	})
+	return h, err
 }
 
 // move reads a sandbox with its current checkpoint, lets choose name the event, applies it, and
-// commits both records. A nil event changes nothing. body is what the request id stands for.
-func (s *Service) move(ctx context.Context, m Mutation, body any, sandbox Serial, more []Key, choose func(*world) (Event, error)) (Handoff, error) {
+// commits both records. It returns them, and what is left of the host's ranges. A nil event changes
+// nothing. body is what the request id stands for; choose is not asked when that has been done.
+func (s *Service) move(ctx context.Context, m Mutation, body any, sandbox Serial, more []Key, choose func(*world) (Event, error)) (Handoff, Ranges, error) {
 	if err := s.checkRequest(m.RequestID); err != nil {
-		return Handoff{}, err
+		return Handoff{}, nil, err
 	}
 	digest, err := digestOf(body)
 	if err != nil {
-		return Handoff{}, err
+		return Handoff{}, nil, err
 	}
 	var out Handoff
-	for try := range conflictTries {
-		if try > 0 && pause(ctx, try) != nil {
-			break
-		}
-		// Which checkpoint is current is known only after a read; the guarded read below proves it.
-		current, err := s.currentCheckpoint(ctx, sandbox)
-		if err != nil {
-			return Handoff{}, err
+	var left Ranges
+	var current Serial
+	keys := func() ([]Key, error) {
+		// Which checkpoint is current is known only after a read; decide's guarded read proves it.
+		var err error
+		if current, err = s.currentCheckpoint(ctx, sandbox); err != nil {
+			return nil, err
 		}
 		keys := append([]Key{SandboxKey(sandbox)}, more...)
 		if current != 0 && !slices.Contains(more, CheckpointKey(current)) {
 			keys = append(keys, CheckpointKey(current))
 		}
-		moved := false
-		err = s.change(ctx, m, keys, func(w *world) error {
-			sb, err := w.sandbox(sandbox)
-			if err != nil {
-				return err
-			}
-			if moved = sb.Checkpoint != current; moved {
-				return errMoved
-			}
-			out = Handoff{Sandbox: *sb}
-			if current != 0 {
-				if out.Checkpoint, err = w.checkpoint(current); err != nil {
-					return err
-				}
-			}
-			if found, err := marked(sb.Requests, m.RequestID, digest); found || err != nil {
-				return err
-			}
-			return w.apply(&out, m, digest, choose)
-		})
-		if !moved {
-			return out, err
-		}
+		return keys, nil
 	}
-	return Handoff{}, &Error{Reason: ReasonConflict, Subject: "sandbox " + sandbox.String(), Msg: "others changed it again and again; nothing was changed", Fix: "try again", RetryAfter: retrySoon}
+	err = s.change(ctx, m, keys, func(w *world) error {
+		sb, err := w.sandbox(sandbox)
+		if err != nil {
+			return err
+		}
+		if sb.Checkpoint != current {
+			return errMoved
+		}
+		out = Handoff{Sandbox: *sb}
+		if current != 0 {
+			if out.Checkpoint, err = w.checkpoint(current); err != nil {
+				return err
+			}
+		}
+		found, err := marked(sb.Requests, m.RequestID, digest)
+		if err == nil && !found {
+			err = w.apply(&out, m, digest, choose)
+		}
+		left = w.host.Granted
+		return err
+	})
+	if err != nil {
+		return Handoff{}, nil, err
+	}
+	return out, left, nil
 }
 
 // errMoved makes a move start anew: between two reads the sandbox got another checkpoint.

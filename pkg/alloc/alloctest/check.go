@@ -1,0 +1,67 @@
+package alloctest
+
+import (
+	"context"
+	"testing"
+
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+)
+
+// Everything reads all records of a pool that is quiet.
+func Everything(ctx context.Context, s alloc.Store) (r alloc.Records, err error) {
+	single, _, err := s.Get(ctx, alloc.Key{Kind: alloc.KindPool}, alloc.Key{Kind: alloc.KindCounter})
+	if err != nil {
+		return r, err
+	}
+	r.Pool, _ = single[0].Record.(*alloc.Pool)
+	r.Counter, _ = single[1].Record.(*alloc.Counter)
+	var at alloc.Revision
+	for _, kind := range []alloc.Kind{alloc.KindHost, alloc.KindSandbox, alloc.KindStint, alloc.KindCheckpoint, alloc.KindRequest} {
+		const page = 1000
+		for after := ""; ; {
+			entries, rev, err := s.List(ctx, kind, after, page, at)
+			if err != nil {
+				return r, err
+			}
+			at = rev
+			for _, e := range entries {
+				r = with(r, e.Record)
+				after = e.Key.ID
+			}
+			if len(entries) < page {
+				break
+			}
+		}
+	}
+	return r, nil
+}
+
+func with(r alloc.Records, rec alloc.Record) alloc.Records {
+	switch rec := rec.(type) {
+	case *alloc.Host:
+		r.Hosts = append(r.Hosts, rec)
+	case *alloc.Sandbox:
+		r.Sandboxes = append(r.Sandboxes, rec)
+	case *alloc.OldStint:
+		r.OldStints = append(r.OldStints, rec)
+	case *alloc.Checkpoint:
+		r.Checkpoints = append(r.Checkpoints, rec)
+	case *alloc.Request:
+		r.Requests = append(r.Requests, rec)
+	}
+	return r
+}
+
+// Check fails the test when the store's records break a promise. Every test of a store ends with it.
+func Check(t testing.TB, s alloc.Store) {
+	t.Helper()
+	// The test's own context may be over by now.
+	r, err := Everything(context.WithoutCancel(t.Context()), s)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	for _, f := range alloc.Check(r) {
+		t.Errorf("%s: %s: %s", f.Promise, f.Subject, f.Evidence)
+	}
+}
