@@ -56,10 +56,8 @@ type place struct{ host, boot string }
 
 // kernelKey is equal for two identities exactly if alloc.KernelID.Key is, on one host.
 type kernelKey struct {
-	number uint64
-	place  uint32
-	kind   nsallocv1.NamespaceType
-	byID   bool
+	number uint64 // the kernel's id, or the inode
+	where  uint32 // place (27 bits), type (4 bits), and whether number is the id (1 bit)
 }
 
 func newIndex() *index {
@@ -253,10 +251,11 @@ func onHost(s nsallocv1.SandboxState) bool {
 }
 
 func keyAt(p uint32, t nsallocv1.NamespaceType, k *nsallocv1.KernelId) kernelKey {
+	where := p<<5 | uint32(t&15)<<1
 	if k.GetId() != 0 {
-		return kernelKey{number: k.GetId(), place: p, kind: t, byID: true}
+		return kernelKey{k.GetId(), where | 1}
 	}
-	return kernelKey{number: k.GetInode(), place: p, kind: t}
+	return kernelKey{k.GetInode(), where}
 }
 
 func (ix *index) kernelKeys(s *nsallocv1.Sandbox) []kernelKey {

@@ -192,16 +192,18 @@ func (s *Server) shutdown() {
 // disturb each other.
 func (s *Server) sweepRequests(ctx context.Context) error {
 	for sleep(ctx, sweepEvery) {
-		total := 0
-		for n := sweepBatch; n == sweepBatch && ctx.Err() == nil; {
-			var err error
-			if n, err = s.service.SweepRequests(ctx, sweepBatch); err != nil {
-				s.log.DebugContext(ctx, "old request records stay until the next sweep", "error", err)
-				break
-			}
-			total += n
-		}
-		s.metrics.swept.Add(float64(total))
+		s.sweepOnce(ctx)
 	}
 	return nil
+}
+
+func (s *Server) sweepOnce(ctx context.Context) {
+	for n := sweepBatch; n == sweepBatch && ctx.Err() == nil; {
+		var err error
+		if n, err = s.service.SweepRequests(ctx, sweepBatch); err != nil {
+			s.log.DebugContext(ctx, "old request records stay until the next sweep", "error", err)
+			return
+		}
+		s.metrics.swept.Add(float64(n))
+	}
 }
