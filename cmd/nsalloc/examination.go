@@ -1,0 +1,245 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/health/grpc_health_v1"
+
+	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/internal/hookconf"
+	"github.com/nsalloc/nsalloc/internal/kernelns"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client"
+	"github.com/nsalloc/nsalloc/pkg/criuhook"
+)
+
+// examination is one run of the doctor.
+type examination struct {
+	*cli
+	root hostRoot
+}
+
+// run makes all checks in the order in which one would mend them. None of them needs another to pass.
+func (e *examination) run(ctx context.Context) []checkup {
+	checks := []struct {
+		name string
+		do   func(context.Context) checkup
+	}{
+		{"root", e.user},
+		{"kernel", e.kernel},
+		{"criu", e.criu},
+		{"criu check", e.criuCheck},
+		{"hook", e.hook},
+		{"other scripts", e.others},
+		{"agent config", e.agentConfig},
+		{"agent", e.agentSocket},
+		{"hook socket", e.hookSocket},
+		{"server", e.serverHealth},
+		{"pool", e.poolState},
+		{"clock", e.clock},
+		{"store", e.store},
+	}
+	var all []checkup
+	for _, check := range checks {
+		line := check.do(ctx)
+		line.Check = check.name
+		all = append(all, line)
+	}
+	return all
+}
+
+func (e *examination) user(context.Context) checkup {
+	if uid := os.Geteuid(); uid != 0 {
+		return doubtful("run it again as root", "uid %d: some of what follows cannot be seen", uid)
+	}
+	return good("running as root")
+}
+
+func (e *examination) kernel(context.Context) checkup {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return bad("report it", "uname: %v", err)
+	}
+	release := unix.ByteSliceToString(name.Release[:])
+	k, err := kernelns.Open("/proc")
+	if err != nil {
+		return bad("run it where /proc is mounted", "Linux %s: %v", release, err)
+	}
+	f := k.Features()
+	switch {
+	case !f.KernelIDs:
+		return doubtful("Linux 6.18 or later numbers namespaces itself; until then inode numbers, which the kernel reuses at once, have to do",
+			"Linux %s: weak identity, NS_GET_ID does not work", release)
+	case f.Liveness != nil:
+		return doubtful("run the agent as root, in the host's own namespaces", "Linux %s: NS_GET_ID works, but deaths of namespaces are seen late: %v", release, f.Liveness)
+	}
+	return good("Linux %s, NS_GET_ID works", release)
+}
+
+func (e *examination) hook(context.Context) checkup {
+	conf, err := e.root.readConf(hookconf.ConfPath)
+	if err != nil {
+		return bad("run it again as root", "%v", err)
+	}
+	var ours []hookconf.Script
+	for _, s := range hookconf.Scripts(conf.text) {
+		if s.Ours {
+			ours = append(ours, s)
+		}
+	}
+	shadows := e.root.shadows()
+	switch {
+	case len(ours) == 0 && conf.text == nil:
+		return bad("nsalloc hook install", "%s does not exist: CRIU tells nobody", conf.path)
+	case len(ours) == 0:
+		return bad("nsalloc hook install", "%s does not run nsalloc-hook: CRIU tells nobody", conf.path)
+	case len(ours) > 1:
+		return bad("nsalloc hook install leaves one line of them", "%s runs nsalloc-hook %d times (lines %d and %d)", conf.path, len(ours), ours[0].Line, ours[1].Line)
+	}
+	if err := e.root.checkHook(ours[0].Path); err != nil {
+		seen, fix, _ := strings.Cut(err.Error(), "; ")
+		return bad(fix, "%s:%d: %s", conf.path, ours[0].Line, seen)
+	}
+	if len(shadows) > 0 {
+		return bad(shadows[0].fix, "%s", shadows[0].seen)
+	}
+	return good("%s runs %s", conf.path, ours[0].Path)
+}
+
+func (e *examination) others(context.Context) checkup {
+	if o := e.root.others(); len(o) > 0 {
+		return doubtful("know them: each can stop a dump or a restore that the agent has let pass",
+			"CRIU also runs %s", strings.Join(o, ", "))
+	}
+	return good("CRIU runs no other scripts")
+}
+
+func (e *examination) agentConfig(context.Context) checkup {
+	path := e.root.path(criuhook.ConfigPath)
+	st, err := os.Stat(path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return bad("write it (docs/install.md has a full example), then systemctl enable --now nsalloc-agent", "%s is missing: the hook lets everything pass unseen", path)
+	case err != nil:
+		return bad("run it again as root", "%v", err)
+	case st.Mode().Perm()&0o022 != 0:
+		return bad("chmod 644 "+path, "%s can be written by others than its owner (%s)", path, st.Mode().Perm())
+	}
+	return good("%s is there", path)
+}
+
+func (e *examination) agentSocket(ctx context.Context) checkup {
+	st, err := e.agentStatus(ctx)
+	if err != nil {
+		return unreachable(err)
+	}
+	name := fmt.Sprintf("%s on host %s", e.agent, st.GetHost())
+	if st.GetVersion() != "" {
+		name += ", version " + st.GetVersion()
+	}
+	var swept time.Time
+	if st.GetSwept() != nil {
+		swept = st.GetSwept().AsTime()
+	}
+	switch {
+	case !st.GetConnected():
+		trouble := st.GetTrouble()
+		if trouble == "" {
+			trouble = "it does not say why"
+		}
+		return bad("look at the agent's log and at the server line below; until then new serials are provisional",
+			"%s: does not reach the pool: %s", name, trouble)
+	case swept.IsZero():
+		return doubtful("wait for the first sweep", "%s: connected, has not swept /proc yet", name)
+	case e.now().Sub(swept) > 5*time.Minute:
+		return doubtful("look at the agent's log; restart it when it hangs", "%s: connected, but its last sweep of /proc ended %s ago", name, e.age(swept))
+	}
+	return good("%s: incarnation %s, %d sandboxes, %d namespaces, swept %s ago", name,
+		alloc.Incarnation(st.GetIncarnation()), st.GetSandboxes(), st.GetNamespaces(), e.age(swept))
+}
+
+func (e *examination) hookSocket(ctx context.Context) checkup {
+	st, err := e.agentStatus(ctx)
+	switch {
+	case err != nil:
+		return skipped("the agent does not answer")
+	case st.GetHookSocket() == "":
+		return skipped("the agent does not say where it listens for the hook")
+	case st.GetHookSocket() != criuhook.SocketPath:
+		return bad("set hook_socket to "+criuhook.SocketPath+" in "+criuhook.ConfigPath,
+			"the agent listens at %s, the hook looks at %s and nowhere else", st.GetHookSocket(), criuhook.SocketPath)
+	}
+	return good("%s", st.GetHookSocket())
+}
+
+func (e *examination) agentStatus(ctx context.Context) (*nsallocv1.StatusResponse, error) {
+	var st *nsallocv1.StatusResponse
+	err := e.withAgent(ctx, func(ctx context.Context, h *host) (err error) {
+		st, err = h.Status(ctx, &nsallocv1.StatusRequest{})
+		return err
+	})
+	return st, err
+}
+
+func (e *examination) serverHealth(ctx context.Context) checkup {
+	var answer *grpc_health_v1.HealthCheckResponse
+	err := e.withPool(ctx, func(ctx context.Context, p *client.Client) (err error) {
+		answer, err = grpc_health_v1.NewHealthClient(p.Conn()).Check(ctx, &grpc_health_v1.HealthCheckRequest{})
+		return err
+	})
+	if err != nil {
+		return unreachable(err)
+	}
+	if s := answer.GetStatus(); s != grpc_health_v1.HealthCheckResponse_SERVING {
+		return bad("look at the server's log: mostly its store is away", "%s answers: %s", e.server, s)
+	}
+	return good("%s is serving", e.server)
+}
+
+func (e *examination) poolState(ctx context.Context) checkup {
+	var pool *alloc.Pool
+	err := e.withPool(ctx, func(ctx context.Context, p *client.Client) (err error) {
+		pool, _, err = p.Pool(ctx)
+		if err == nil && pool == nil {
+			err = errMissing("pool")
+		}
+		return err
+	})
+	if err != nil {
+		f := explain(err)
+		if f.code == exitUnavailable {
+			return skipped("the server does not answer")
+		}
+		seen, fix, _ := strings.Cut(f.message, "; ")
+		return bad(fix, "%s", seen)
+	}
+	if st, err := e.agentStatus(ctx); err == nil && st.GetPool() != nil && st.GetPool().GetUuid() != pool.UUID {
+		return bad("name the same server in "+criuhook.ConfigPath+" and in --server",
+			"the agent is in pool %s, the server serves pool %s", st.GetPool().GetUuid(), pool.UUID)
+	}
+	if pool.State != alloc.PoolOpen {
+		return bad("wait for the generation to be raised; the servers' logs say what they wait for", "pool %s is recovering: nothing is issued", pool.UUID)
+	}
+	return good("%s, generation %d, open", pool.UUID, pool.Generation)
+}
+
+// clock: no promise rests on clocks, but histories are read beside logs.
+func (e *examination) clock(context.Context) checkup {
+	return skipped("the server does not tell its time; keep hosts synchronized, so that histories and logs line up")
+}
+
+func (e *examination) store(context.Context) checkup {
+	return skipped("the server does not tell its store's version")
+}
+
+// unreachable splits a dial error at its fix.
+func unreachable(err error) checkup {
+	seen, fix, _ := strings.Cut(explain(err).message, "; ")
+	return bad(fix, "%s", seen)
+}

@@ -1,0 +1,99 @@
+package main
+
+import (
+	"context"
+	"maps"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client"
+)
+
+func (c *cli) hostCommand() *cobra.Command {
+	return group("host", "Hosts: the machines of the pool", c.hostListCommand(), c.hostGetCommand())
+}
+
+func (c *cli) hostListCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "list",
+		Short:   "List the pool's hosts",
+		Example: "  nsalloc host list -o wide",
+		Args:    usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.withPool(cmd.Context(), c.hostList)
+		},
+	}
+}
+
+func (c *cli) hostList(ctx context.Context, p *client.Client) error {
+	found, err := all(p.Hosts(ctx))
+	if err != nil {
+		return err
+	}
+	doc := struct {
+		Hosts []hostDoc `json:"hosts"`
+	}{[]hostDoc{}}
+	a := answer{empty: "no hosts: none has said Hello; start nsalloc-agent on one"}
+	for _, h := range found {
+		doc.Hosts = append(doc.Hosts, hostView(h))
+		a.names = append(a.names, h.Name)
+	}
+	a.doc = doc
+	a.table = func() *table { return c.hostTable(found) }
+	return c.print(a)
+}
+
+func (c *cli) hostTable(hosts []*alloc.Host) *table {
+	titles := []string{"NAME", "INCARNATION#", "GRANTED#", "HELLO#", "KERNEL", "CRIU"}
+	if c.wide() {
+		titles = append(titles, "BOOT-ID")
+	}
+	t := newTable(titles...)
+	for _, h := range hosts {
+		row := []any{in(styleKey, h.Name), h.Incarnation, h.Granted.Count(), c.age(h.Hello), h.Labels["kernel"], h.Labels["criu"]}
+		if c.wide() {
+			row = append(row, h.BootID)
+		}
+		t.row(row...)
+	}
+	return t
+}
+
+func (c *cli) hostGetCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "get NAME",
+		Short:   "Show one host",
+		Example: "  nsalloc host get a",
+		Args:    usageArgs(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.withPool(cmd.Context(), func(ctx context.Context, p *client.Client) error {
+				h, err := p.Host(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				if h == nil {
+					return errMissing("host")
+				}
+				return c.printHost(h)
+			})
+		},
+	}
+}
+
+func (c *cli) printHost(h *alloc.Host) error {
+	f := fields{}
+	f.add("Host", in(styleKey, h.Name))
+	f.add("Incarnation", h.Incarnation)
+	f.add("Boot", h.BootID)
+	f.add("Last Hello", c.clock(h.Hello))
+	f.add("To spend", h.Granted.Count())
+	for _, r := range h.Granted {
+		f.add("", r.First.String()+" to "+r.Last().String())
+	}
+	for _, k := range slices.Sorted(maps.Keys(h.Labels)) {
+		f.add("Label", k+"="+h.Labels[k])
+	}
+	return c.print(answer{doc: hostView(h), names: []string{h.Name}, lines: c.fieldText(f)})
+}

@@ -1,0 +1,156 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nsalloc/nsalloc/internal/etcdstore"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client"
+)
+
+func (c *cli) poolCommand() *cobra.Command {
+	return group("pool", "The pool: the hosts among which containers move", c.poolStatusCommand(), c.poolInitCommand())
+}
+
+func (c *cli) poolStatusCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "status",
+		Short:   "Show the pool's record: its generation, and whether it issues serials",
+		Example: "  nsalloc pool status",
+		Args:    usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.withPool(cmd.Context(), func(ctx context.Context, p *client.Client) error {
+				pool, _, err := p.Pool(ctx)
+				if err != nil {
+					return err
+				}
+				if pool == nil {
+					return errMissing("pool")
+				}
+				return c.printPool(poolView(pool))
+			})
+		},
+	}
+}
+
+func (c *cli) printPool(d poolDoc) error {
+	f := fields{}
+	f.add("Pool", in(styleKey, d.UUID))
+	state := in(styleGood, d.State)
+	if d.State != string(alloc.PoolOpen) {
+		state = in(styleBad, d.State+": nothing is issued until the generation was raised")
+	}
+	f.add("State", state)
+	f.add("Generation", fmt.Sprintf("%d (serials begin with %04x)", d.Generation, d.Generation))
+	f.add("Format", d.Format)
+	f.add("Policy", fmt.Sprintf("a second restore of a live sandbox: %s", d.Policy.Live))
+	f.add("", fmt.Sprintf("a copy of a sandbox that is over: %s", d.Policy.Over))
+	f.add("", fmt.Sprintf("images that nobody knows: %s", d.Policy.Unknown))
+	return c.print(answer{doc: d, names: []string{d.UUID}, lines: c.fieldText(f)})
+}
+
+type poolFlags struct {
+	etcd                []string
+	ca, cert, key       string
+	name                string
+	live, over, unknown string
+}
+
+func (c *cli) poolInitCommand() *cobra.Command {
+	var f poolFlags
+	d := alloc.DefaultPolicy()
+	cmd := &cobra.Command{
+		Use:   "init --etcd URL[,URL...] [--pool NAME]",
+		Short: "Create a pool in an etcd",
+		Long: `Create a pool in an etcd, in generation 1.
+
+It talks to the etcd itself, before any server does: a server never takes an empty store for a new pool,
+because a store that lost everything looks the same. Where a pool is already, nothing is changed.
+
+A server with an etcd of its own (nsalloc dev) does not need it.`,
+		Example: "  nsalloc pool init --etcd http://10.0.0.1:2379,http://10.0.0.2:2379",
+		Args:    usageArgs(cobra.NoArgs),
+		RunE:    func(cmd *cobra.Command, _ []string) error { return c.poolInit(cmd.Context(), f) },
+	}
+	fl := cmd.Flags()
+	fl.StringSliceVar(&f.etcd, "etcd", nil, "client `URL`s of the etcd")
+	fl.StringVar(&f.ca, "etcd-cacert", "", "`FILE` with the certificates that etcd's one is checked against")
+	fl.StringVar(&f.cert, "etcd-cert", "", "`FILE` with the certificate to show to etcd")
+	fl.StringVar(&f.key, "etcd-key", "", "`FILE` with its key")
+	fl.StringVar(&f.name, "pool", "default", "the pool's `NAME` in that etcd, as nsalloc-server --pool has it")
+	fl.StringVar(&f.live, "policy-live", string(d.Live), "a second restore while the sandbox lives: clone or refuse")
+	fl.StringVar(&f.over, "policy-over", string(d.Over), "a copy of a sandbox that is over: resume, clone or refuse")
+	fl.StringVar(&f.unknown, "policy-unknown", string(d.Unknown), "images that the pool never heard of: adopt or refuse")
+	return cmd
+}
+
+func (c *cli) poolInit(ctx context.Context, f poolFlags) error {
+	if len(f.etcd) == 0 {
+		return usage("pool init needs --etcd: the client URLs of the etcd that keeps the pool, such as http://127.0.0.1:2379")
+	}
+	policy := alloc.Policy{Live: alloc.Action(f.live), Over: alloc.Action(f.over), Unknown: alloc.Action(f.unknown)}
+	if err := policy.Validate(); err != nil {
+		return err
+	}
+	cfg, err := f.store()
+	if err != nil {
+		return err
+	}
+	etcd, err := etcdstore.Dial(cfg)
+	if err != nil {
+		return usage("etcd %s: %w", strings.Join(f.etcd, ","), err)
+	}
+	defer etcd.Close()
+	store, err := etcdstore.New(etcd, f.name)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := c.deadline(ctx)
+	defer cancel()
+	pool, err := alloc.NewService(store, nil).InitPool(ctx, policy)
+	if err != nil {
+		return err
+	}
+	return c.printPool(poolView(pool))
+}
+
+// store is how to reach the etcd.
+func (f poolFlags) store() (etcdstore.Config, error) {
+	cfg := etcdstore.Config{Endpoints: f.etcd}
+	for _, u := range f.etcd {
+		if strings.HasPrefix(u, "https://") {
+			cfg.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
+		}
+	}
+	switch {
+	case cfg.TLS == nil && f.ca+f.cert+f.key != "":
+		return cfg, usage("--etcd-cacert, --etcd-cert and --etcd-key are for https URLs in --etcd")
+	case (f.cert == "") != (f.key == ""):
+		return cfg, usage("--etcd-cert and --etcd-key go together")
+	}
+	if f.ca != "" {
+		pem, err := os.ReadFile(f.ca)
+		if err != nil {
+			return cfg, usage("--etcd-cacert: %w", err)
+		}
+		cfg.TLS.RootCAs = x509.NewCertPool()
+		if !cfg.TLS.RootCAs.AppendCertsFromPEM(pem) {
+			return cfg, usage("--etcd-cacert %s has no certificate in PEM", f.ca)
+		}
+	}
+	if f.cert != "" {
+		pair, err := tls.LoadX509KeyPair(f.cert, f.key)
+		if err != nil {
+			return cfg, usage("--etcd-cert and --etcd-key: %w", err)
+		}
+		cfg.TLS.Certificates = []tls.Certificate{pair}
+	}
+	return cfg, nil
+}
