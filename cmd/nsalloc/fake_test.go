@@ -1,0 +1,219 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client/wire"
+)
+
+// The fake answers what was recorded, for how answers and refusals are shown. That the real servers
+// answer so is the end-to-end tests' business.
+type fake struct {
+	nsallocv1.UnimplementedAllocatorServer
+	nsallocv1.UnimplementedAgentServer
+	records
+
+	away bool // the agent does not reach its pool
+}
+
+type records struct {
+	pool        *nsallocv1.Pool
+	sandboxes   []*nsallocv1.Sandbox
+	checkpoints []*nsallocv1.Checkpoint
+	hosts       []*nsallocv1.Host
+	live        []*nsallocv1.LiveNamespace
+}
+
+type fakeSandboxes struct {
+	nsallocv1.UnimplementedSandboxesServer
+	*fake
+}
+type fakeHosts struct {
+	nsallocv1.UnimplementedHostsServer
+	*fake
+}
+type fakeHandoff struct {
+	nsallocv1.UnimplementedHandoffServer
+	*fake
+}
+
+// serve listens at a unix socket in dir until the test is over and returns its address.
+func (f *fake) serve(t testing.TB, dir, name string) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(f.on(l).Stop)
+	return "unix://" + path
+}
+
+func (f *fake) on(l net.Listener) *grpc.Server {
+	s := grpc.NewServer()
+	nsallocv1.RegisterAllocatorServer(s, f)
+	nsallocv1.RegisterAgentServer(s, f)
+	nsallocv1.RegisterSandboxesServer(s, fakeSandboxes{fake: f})
+	nsallocv1.RegisterHostsServer(s, fakeHosts{fake: f})
+	nsallocv1.RegisterHandoffServer(s, fakeHandoff{fake: f})
+	grpc_health_v1.RegisterHealthServer(s, health.NewServer())
+	go func() { _ = s.Serve(l) }()
+	return s
+}
+
+// refuse is what a server sends.
+func refuse(r alloc.Reason, subject, msg string) error {
+	return wire.Status(&alloc.Error{Reason: r, Subject: subject, Msg: msg}).Err()
+}
+
+// page cuts pages of two, so that every listing has several.
+func page[T any](all []T, token string) ([]T, string) {
+	from, _ := strconv.Atoi(token)
+	to := min(from+2, len(all))
+	if to == len(all) {
+		return all[from:], ""
+	}
+	return all[from:to], strconv.Itoa(to)
+}
+
+func (f *fake) GetPool(context.Context, *nsallocv1.GetPoolRequest) (*nsallocv1.GetPoolResponse, error) {
+	return &nsallocv1.GetPoolResponse{Pool: f.pool, Revision: 42}, nil
+}
+
+func (f fakeSandboxes) Get(_ context.Context, r *nsallocv1.SandboxesGetRequest) (*nsallocv1.SandboxesGetResponse, error) {
+	for _, s := range f.sandboxes {
+		is := s.Serial == r.GetSerial()
+		for _, b := range s.Bindings {
+			is = is || b.Serial == r.GetSerial()
+		}
+		answer := &nsallocv1.SandboxesGetResponse{Sandbox: s, Revision: 42}
+		for _, c := range f.checkpoints {
+			is = is || c.Serial == r.GetSerial() && c.Sandbox == s.Serial
+			if c.Serial == s.Checkpoint {
+				answer.Checkpoint = c
+			}
+		}
+		if is {
+			return answer, nil
+		}
+	}
+	return nil, refuse(alloc.ReasonSerialNotFound, fmt.Sprintf("serial %016x", r.GetSerial()), "the pool never issued it, or it belongs to nothing")
+}
+
+func (f fakeSandboxes) List(_ context.Context, r *nsallocv1.SandboxesListRequest) (*nsallocv1.SandboxesListResponse, error) {
+	var all []*nsallocv1.Sandbox
+	for _, s := range f.sandboxes {
+		in := len(r.States) == 0
+		for _, st := range r.States {
+			in = in || st == s.State
+		}
+		if in && (r.Owner == "" || r.Owner == s.Owner) {
+			all = append(all, s)
+		}
+	}
+	some, next := page(all, r.PageToken)
+	return &nsallocv1.SandboxesListResponse{Sandboxes: some, NextPageToken: next, Revision: 42}, nil
+}
+
+func (f fakeHosts) Get(_ context.Context, r *nsallocv1.HostsGetRequest) (*nsallocv1.HostsGetResponse, error) {
+	for _, h := range f.hosts {
+		if h.Name == r.Name {
+			return &nsallocv1.HostsGetResponse{Host: h, Revision: 42}, nil
+		}
+	}
+	switch r.Name {
+	case "busy":
+		return nil, refuse(alloc.ReasonConflict, "", "others wrote the same records again and again")
+	case "etcd-away":
+		return nil, wire.Status(&alloc.Error{Reason: alloc.ReasonUnavailable, Msg: "the store was not reached", Fix: "start etcd"}).Err()
+	case "malicious":
+		return nil, refuse(alloc.ReasonHostUnknown, "", "no \x1b[2Jsuch\nhost")
+	case "new":
+		return nil, status.Error(codes.Unimplemented, "unknown method Get")
+	case "silent":
+		time.Sleep(2 * time.Second)
+	}
+	return nil, refuse(alloc.ReasonHostUnknown, "host "+r.Name, "no host of that name has said Hello")
+}
+
+func (f fakeHosts) List(_ context.Context, r *nsallocv1.HostsListRequest) (*nsallocv1.HostsListResponse, error) {
+	some, next := page(f.hosts, r.PageToken)
+	return &nsallocv1.HostsListResponse{Hosts: some, NextPageToken: next, Revision: 42}, nil
+}
+
+func (f fakeHandoff) Find(_ context.Context, r *nsallocv1.FindRequest) (*nsallocv1.FindResponse, error) {
+	for _, c := range f.checkpoints {
+		if r.GetSerial() == c.Serial || r.GetRunId() != "" && r.GetRunId() == c.RunId {
+			return &nsallocv1.FindResponse{Checkpoint: c, Revision: 42}, nil
+		}
+	}
+	return nil, refuse(alloc.ReasonCheckpointNotFound, "", "the pool has no such checkpoint")
+}
+
+func (f fakeHandoff) ListCheckpoints(_ context.Context, r *nsallocv1.ListCheckpointsRequest) (*nsallocv1.ListCheckpointsResponse, error) {
+	var all []*nsallocv1.Checkpoint
+	for _, c := range f.checkpoints {
+		if r.Sandbox == 0 || r.Sandbox == c.Sandbox {
+			all = append(all, c)
+		}
+	}
+	some, next := page(all, r.PageToken)
+	return &nsallocv1.ListCheckpointsResponse{Checkpoints: some, NextPageToken: next, Revision: 42}, nil
+}
+
+func (f *fake) Status(context.Context, *nsallocv1.StatusRequest) (*nsallocv1.StatusResponse, error) {
+	st := &nsallocv1.StatusResponse{
+		Host: "b", Incarnation: 1<<48 | 1, BootId: bootB, Pool: f.pool, Connected: !f.away, Granted: 900,
+		Sandboxes: 2, Namespaces: 8, Swept: timestamppb.New(time.Now().Add(-3 * time.Second)), Version: "v0.1.0",
+		KernelIds: true, HookSocket: "/run/nsalloc/hook.sock",
+	}
+	if f.away {
+		st.Trouble = "connection refused"
+	}
+	return st, nil
+}
+
+func (f *fake) ListNamespaces(_ context.Context, r *nsallocv1.ListNamespacesRequest) (*nsallocv1.ListNamespacesResponse, error) {
+	answer := &nsallocv1.ListNamespacesResponse{}
+	for _, n := range f.live {
+		if r.Sandbox == 0 || r.Sandbox == n.Sandbox {
+			answer.Namespaces = append(answer.Namespaces, n)
+		}
+	}
+	return answer, nil
+}
+
+func (f *fake) Identify(_ context.Context, r *nsallocv1.IdentifyRequest) (*nsallocv1.IdentifyResponse, error) {
+	answer := &nsallocv1.IdentifyResponse{}
+	for _, n := range f.live {
+		if n.OfHost && (r.Pid == 1 || n.Binding.Type == nsallocv1.NamespaceType_NAMESPACE_TYPE_USER) || !n.OfHost && r.Pid == 4711 {
+			answer.Namespaces = append(answer.Namespaces, n)
+		}
+	}
+	if r.Pid == 1 || r.Pid == 4711 {
+		return answer, nil
+	}
+	// As another implementation would say it: a reason that the domain's own table may not have.
+	s, err := status.New(codes.NotFound, fmt.Sprintf("process %d: no such process", r.Pid)).WithDetails(
+		&errdetails.ErrorInfo{Domain: wire.Domain, Reason: "PROCESS_NOT_FOUND"})
+	if err != nil {
+		return nil, err
+	}
+	return nil, s.Err()
+}
