@@ -93,6 +93,9 @@ const (
 	ConfigPath = "/etc/nsalloc/agent.yaml"
 	// SocketPath is the agent's hook socket.
 	SocketPath = "/run/nsalloc/hook.sock"
+	// BypassPath lets actions pass while the agent does not answer, as long as the file exists. An
+	// operator makes it; it is gone after a reboot. What the agent answers counts all the same.
+	BypassPath = "/run/nsalloc/bypass"
 	// ManifestName is the manifest's file in the image directory.
 	ManifestName = "nsalloc.json"
 )

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
@@ -13,8 +14,9 @@ import (
 const (
 	// ManifestFormat is the format that this version writes and reads.
 	ManifestFormat = 1
-	// MaxManifest is the size of the largest manifest, in bytes.
-	MaxManifest = 1 << 20
+	// MaxManifest is the size of the largest manifest, in bytes: some 300 for each of alloc.MaxBindings
+	// namespaces.
+	MaxManifest = 2 << 20
 )
 
 // Manifest travels in the image directory and says who the images are. It is a claim ticket and no
@@ -77,8 +79,9 @@ func (m *Manifest) Encode() ([]byte, alloc.Digest, error) {
 	return b, sha256.Sum256(b), nil
 }
 
-// DecodeManifest reads a manifest of at most MaxManifest bytes and checks it. Unknown fields, a second
-// value and every number out of range are refused: nothing but what Encode writes is a manifest.
+// DecodeManifest reads a manifest of at most MaxManifest bytes and checks it. Nothing but the bytes that
+// Encode writes is a manifest: not another order, spacing or spelling of a field, no unknown field, none
+// that stands twice, nothing that follows. So two readers of one file never understand two things.
 func DecodeManifest(r io.Reader) (*Manifest, alloc.Digest, error) {
 	b, err := io.ReadAll(io.LimitReader(r, MaxManifest+1))
 	if err != nil {
@@ -87,6 +90,7 @@ func DecodeManifest(r io.Reader) (*Manifest, alloc.Digest, error) {
 	if len(b) > MaxManifest {
 		return nil, alloc.Digest{}, fmt.Errorf("manifest: larger than %d bytes: not one of ours", MaxManifest)
 	}
+	// The format is read first: another one's fields may be of other types.
 	var probe struct {
 		Format int `json:"format"`
 	}
@@ -94,50 +98,67 @@ func DecodeManifest(r io.Reader) (*Manifest, alloc.Digest, error) {
 		return nil, alloc.Digest{}, fmt.Errorf("manifest: not the JSON of a manifest: %w", err)
 	}
 	if probe.Format != ManifestFormat {
-		return nil, alloc.Digest{}, fmt.Errorf("manifest: format %d, this version reads %d; restore with the release that dumped, or a newer one", probe.Format, ManifestFormat)
+		return nil, alloc.Digest{}, formatError(probe.Format)
 	}
 	var m Manifest
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&m); err != nil {
+	if err := json.Unmarshal(b, &m); err != nil {
 		return nil, alloc.Digest{}, fmt.Errorf("manifest: %w", err)
 	}
-	if _, err := d.Token(); err != io.EOF {
-		return nil, alloc.Digest{}, fmt.Errorf("manifest: something follows the manifest in its file")
-	}
-	if err := m.validate(); err != nil {
+	// encoding/json takes names whatever their case, lets the last of two win and repairs broken UTF-8.
+	// What comes out written back tells.
+	again, digest, err := m.Encode()
+	if err != nil {
 		return nil, alloc.Digest{}, err
 	}
-	return &m, sha256.Sum256(b), nil
+	if !bytes.Equal(again, b) {
+		return nil, alloc.Digest{}, fmt.Errorf("manifest: not in the form in which nsalloc writes it: it was edited, or damaged; copy the images again from where they were dumped")
+	}
+	return &m, digest, nil
+}
+
+func formatError(format int) error {
+	return fmt.Errorf("manifest: format %d, this version reads %d; restore with the release that dumped, or a newer one", format, ManifestFormat)
 }
 
 func (m *Manifest) validate() error {
 	switch {
 	case m.Format != ManifestFormat:
-		return fmt.Errorf("manifest: format %d is not %d", m.Format, ManifestFormat)
-	case m.Pool == "" || m.Source == "" || len(m.Pool) > 64 || len(m.Source) > 64 || len(m.RunID) > 64:
-		return fmt.Errorf("manifest: pool, source or run id is missing or too long")
-	case !m.Checkpoint.Valid() || !m.Sandbox.Valid() || m.Epoch == 0:
+		return formatError(m.Format)
+	case !word(m.Pool) || !word(m.Source) || m.RunID != "" && !word(m.RunID):
+		return fmt.Errorf("manifest: pool %.64q, source %.64q or run id %.64q is missing, too long or no name", m.Pool, m.Source, m.RunID)
+	case !m.Checkpoint.Valid() || !m.Sandbox.Valid() || m.Checkpoint == m.Sandbox || m.Epoch == 0:
 		return fmt.Errorf("manifest: checkpoint %s, sandbox %s or epoch %s is out of range", m.Checkpoint, m.Sandbox, m.Epoch)
 	case len(m.Namespaces) == 0 || len(m.Namespaces) > alloc.MaxBindings:
 		return fmt.Errorf("manifest: %d namespaces, 1 to %d are allowed", len(m.Namespaces), alloc.MaxBindings)
+	case m.Images == alloc.Digest{}:
+		return fmt.Errorf("manifest: it has no digest of the images")
 	}
 	type id struct {
 		t alloc.NamespaceType
 		c uint32
 	}
-	ids, serials := map[id]bool{}, map[alloc.Serial]bool{}
+	ids, serials, kernel := map[id]bool{}, map[alloc.Serial]bool{m.Checkpoint: true, m.Sandbox: true}, map[string]bool{}
 	for _, n := range m.Namespaces {
-		key := id{n.Type, n.CRIUID}
+		key, live := id{n.Type, n.CRIUID}, n.Kernel.Key(n.Type)
 		switch {
 		case !n.Type.Valid() || !n.Serial.Valid() || n.CRIUID == 0:
-			return fmt.Errorf("manifest: namespace %s/%s/%d is out of range", n.Type, n.Serial, n.CRIUID)
+			return fmt.Errorf("manifest: namespace %.16q/%s/%d is out of range", string(n.Type), n.Serial, n.CRIUID)
+		case !word(n.Kernel.BootID) || n.Kernel.ID == 0 && n.Kernel.Inode == 0:
+			return fmt.Errorf("manifest: namespace %s has no kernel identity", n.Serial)
 		case n.Owner != OwnerSandbox && n.Owner != OwnerHost && n.Owner != OwnerExternal:
-			return fmt.Errorf("manifest: namespace %s has the owner %.32q", n.Serial, n.Owner)
-		case ids[key] || serials[n.Serial]:
-			return fmt.Errorf("manifest: namespace %s (%s %d) stands twice", n.Serial, n.Type, n.CRIUID)
+			return fmt.Errorf("manifest: namespace %s has the owner %.32q", n.Serial, string(n.Owner))
+		case ids[key] || serials[n.Serial] || kernel[live]:
+			return fmt.Errorf("manifest: namespace %s (%s %d) stands twice, or its serial or kernel identity does", n.Serial, n.Type, n.CRIUID)
 		}
-		ids[key], serials[n.Serial] = true, true
+		ids[key], serials[n.Serial], kernel[live] = true, true, true
 	}
 	return nil
+}
+
+// word reports whether s is a name, UUID or the like: 1 to 64 letters, digits, '.', '-' and '_', so that
+// it can stand in a log, a path or a record as it is.
+func word(s string) bool {
+	return s != "" && len(s) <= 64 && strings.IndexFunc(s, func(r rune) bool {
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '.' && r != '-' && r != '_'
+	}) < 0
 }

@@ -1,10 +1,12 @@
 package criuhook
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
+	"strconv"
+	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // ProtocolVersion is the version of Request and Response.
@@ -18,6 +20,10 @@ const (
 	Deadline = 10 * time.Second
 	// AgentDeadline is how long an agent takes at most.
 	AgentDeadline = 9 * time.Second
+
+	maxAction = 64      // bytes of an action's name
+	maxText   = 4096    // bytes of a message or path
+	maxPID    = 1 << 22 // PID_MAX_LIMIT of the kernel's include/linux/threads.h
 )
 
 // Caller says who brings an action.
@@ -33,11 +39,14 @@ const (
 
 // Names of the descriptors that come with a request by SCM_RIGHTS, in the order of Request.FDs.
 const (
-	// FDCRIU is a pidfd of the CRIU process.
+	// FDCRIU is a pidfd of the CRIU process. It is missing when CRIU was gone by the time the sender
+	// looked: then the request came late, and says nothing of what lives now (but see ParentUnseen).
 	FDCRIU = "criu"
-	// FDInit is a pidfd of the root task of the tree.
+	// FDInit is a pidfd of the root task of the tree; missing where CRIU does not name it (pre-restore),
+	// or where it is dead.
 	FDInit = "init"
-	// FDImages is the image directory.
+	// FDImages is the image directory, open for reading, so that files in it can be opened and made, and
+	// the directory be synced. It is missing at post-resume: CRIU has closed it by then.
 	FDImages = "images"
 )
 
@@ -50,8 +59,14 @@ type Request struct {
 	ImageDir string `json:"image_dir,omitempty"`
 	// InitPID is CRTOOLS_INIT_PID, in CRIU's PID namespace; 0 when it was not set.
 	InitPID int `json:"init_pid,omitempty"`
-	// CRIUPID is the CRIU process in the sender's PID namespace: the hook's parent.
+	// CRIUPID is the CRIU process in the sender's PID namespace: the hook's parent, or, if that is not
+	// who CRTOOLS_IMAGE_DIR names, the one named there, without FDCRIU.
 	CRIUPID int `json:"criu_pid"`
+	// ParentUnseen: the sender is CRIU's child, but in a PID namespace in which CRIU has no pid. That is
+	// where CRIU (4.1) runs its scripts after pre-restore when it restores into an external PID
+	// namespace. CRIUPID and InitPID are then numbers of CRIU's own PID namespace and no pidfd comes
+	// along: who needs one finds CRIU as the parent of its peer (SO_PEERPIDFD), which waits meanwhile.
+	ParentUnseen bool `json:"parent_unseen,omitempty"`
 	// FDs names the descriptors that came along, in their order.
 	FDs []string `json:"fds"`
 }
@@ -73,63 +88,93 @@ type Response struct {
 	Message string `json:"message,omitempty"`
 }
 
-// EncodeRequest makes the packet of a request.
+// EncodeRequest makes the packet of a request. Text that is not fit for a log is made so.
 func EncodeRequest(r Request) ([]byte, error) {
 	r.Version = ProtocolVersion
+	r.ImageDir = printable(r.ImageDir)
+	if r.FDs == nil {
+		r.FDs = []string{}
+	}
+	if err := r.validate(); err != nil {
+		return nil, err
+	}
 	return encode(r)
 }
 
 // DecodeRequest reads and checks a packet. The error says what is wrong with it; a packet from a newer
-// hook is refused with both versions named.
+// hook is refused with both versions named. What it returns can be logged as it is.
 func DecodeRequest(packet []byte) (Request, error) {
 	var r Request
 	if err := decode(packet, &r); err != nil {
 		return Request{}, err
 	}
-	switch {
-	case r.Version != ProtocolVersion:
-		return Request{}, versionError(r.Version)
-	case r.Action == "" || len(r.Action) > 64:
-		return Request{}, fmt.Errorf("hook request: action %.64q is empty or too long", r.Action)
-	case r.Caller != Script && r.Caller != NotifyRPC:
-		return Request{}, fmt.Errorf("hook request: caller %.64q is not %q or %q", r.Caller, Script, NotifyRPC)
-	case r.CRIUPID <= 0 || r.InitPID < 0:
-		return Request{}, fmt.Errorf("hook request: pid of CRIU %d and of init %d must be positive", r.CRIUPID, r.InitPID)
-	case len(r.ImageDir) > 4096:
-		return Request{}, fmt.Errorf("hook request: image directory is %d bytes long, 4096 are allowed", len(r.ImageDir))
-	}
-	seen := map[string]bool{}
-	for _, name := range r.FDs {
-		if name != FDCRIU && name != FDInit && name != FDImages || seen[name] {
-			return Request{}, fmt.Errorf("hook request: descriptor %.64q is unknown or named twice", name)
-		}
-		seen[name] = true
+	r.ImageDir = printable(r.ImageDir)
+	if err := r.validate(); err != nil {
+		return Request{}, err
 	}
 	return r, nil
 }
 
-// EncodeResponse makes the packet of a response. A message that does not fit is cut, the verdict never is.
+func (r Request) validate() error {
+	switch {
+	case r.Version != ProtocolVersion:
+		return versionError(r.Version)
+	case !r.Action.wellFormed():
+		return fmt.Errorf("hook request: action %.64q is not 1 to %d of a-z, 0-9 and '-'", string(r.Action), maxAction)
+	case r.Caller != Script && r.Caller != NotifyRPC:
+		return fmt.Errorf("hook request: caller %.64q is not %q or %q", string(r.Caller), Script, NotifyRPC)
+	case r.CRIUPID <= 0 || r.CRIUPID > maxPID || r.InitPID < 0 || r.InitPID > maxPID:
+		return fmt.Errorf("hook request: pid of CRIU %d or of init %d is out of range (1 to %d)", r.CRIUPID, r.InitPID, maxPID)
+	}
+	seen := map[string]bool{}
+	for _, name := range r.FDs {
+		if name != FDCRIU && name != FDInit && name != FDImages || seen[name] {
+			return fmt.Errorf("hook request: descriptor %.64q is unknown or named twice", name)
+		}
+		seen[name] = true
+	}
+	return nil
+}
+
+// wellFormed reports whether a has the form of CRIU's action names, so that nothing else gets into logs.
+func (a Action) wellFormed() bool {
+	return a != "" && len(a) <= maxAction && strings.IndexFunc(string(a), func(r rune) bool {
+		return r != '-' && (r < 'a' || r > 'z') && (r < '0' || r > '9')
+	}) < 0
+}
+
+// EncodeResponse makes the packet of a response. A message that does not fit is cut, and what would not
+// be one line of a log is made so; the verdict never changes.
 func EncodeResponse(r Response) ([]byte, error) {
 	r.Version = ProtocolVersion
-	if len(r.Message) > 4096 {
-		r.Message = r.Message[:4096]
+	r.Message = printable(r.Message)
+	if err := r.validate(); err != nil {
+		return nil, err
 	}
 	return encode(r)
 }
 
-// DecodeResponse reads and checks a packet.
+// DecodeResponse reads and checks a packet. The message can be printed as it is.
 func DecodeResponse(packet []byte) (Response, error) {
 	var r Response
 	if err := decode(packet, &r); err != nil {
 		return Response{}, err
 	}
-	switch {
-	case r.Version != ProtocolVersion:
-		return Response{}, versionError(r.Version)
-	case r.Verdict != Pass && r.Verdict != Veto:
-		return Response{}, fmt.Errorf("hook response: verdict %.64q is not %q or %q", r.Verdict, Pass, Veto)
+	r.Message = printable(r.Message)
+	if err := r.validate(); err != nil {
+		return Response{}, err
 	}
 	return r, nil
+}
+
+func (r Response) validate() error {
+	switch {
+	case r.Version != ProtocolVersion:
+		return versionError(r.Version)
+	case r.Verdict != Pass && r.Verdict != Veto:
+		return fmt.Errorf("hook response: verdict %.64q is not %q or %q", string(r.Verdict), Pass, Veto)
+	}
+	return nil
 }
 
 func encode(v any) ([]byte, error) {
@@ -140,12 +185,26 @@ func encode(v any) ([]byte, error) {
 	return b, err
 }
 
+// decode takes one JSON value and nothing after it. The version is read first, because a field of
+// another version may have another type.
+//
+// encoding/json matches names whatever their case and lets the last of two win. That is harmless here:
+// only root can write to the socket, and whatever comes out is validated.
 func decode(packet []byte, v any) error {
 	if len(packet) > MaxMessage {
-		return fmt.Errorf("hook message: %d bytes, %d are allowed", len(packet), MaxMessage)
+		return fmt.Errorf("hook message: more than %d bytes", MaxMessage)
+	}
+	var probe struct {
+		Version int `json:"version"`
+	}
+	if err := json.Unmarshal(packet, &probe); err != nil {
+		return fmt.Errorf("hook message: not the JSON of a request or response: %w", err)
+	}
+	if probe.Version != ProtocolVersion {
+		return versionError(probe.Version)
 	}
 	// Unknown fields pass: a newer hook of the same version may say more than an older agent knows.
-	if err := json.NewDecoder(bytes.NewReader(packet)).Decode(v); err != nil {
+	if err := json.Unmarshal(packet, v); err != nil {
 		return fmt.Errorf("hook message: not the JSON of a request or response: %w", err)
 	}
 	return nil
@@ -153,4 +212,27 @@ func decode(packet []byte, v any) error {
 
 func versionError(v int) error {
 	return fmt.Errorf("hook message: version %d, this program speaks %d; install nsalloc-hook and nsalloc-agent of one release", v, ProtocolVersion)
+}
+
+// printable makes text fit for one line of a log: at most maxText bytes of valid UTF-8, cut between
+// runes, in which whatever does not print (control characters, line and paragraph separators, what turns
+// the direction of writing) is a '?'.
+func printable(s string) string {
+	s = strings.Map(func(r rune) rune {
+		switch {
+		case r == '\n' || r == '\t':
+			return ' '
+		case r == utf8.RuneError || !strconv.IsPrint(r):
+			return '?'
+		}
+		return r
+	}, s[:min(len(s), maxText+utf8.UTFMax)])
+	if len(s) <= maxText {
+		return s
+	}
+	end := maxText
+	for !utf8.RuneStart(s[end]) {
+		end--
+	}
+	return s[:end]
 }
