@@ -18,6 +18,8 @@ const (
 	ReasonCheckpointNotFound Reason = "CHECKPOINT_NOT_FOUND"
 	ReasonHostUnknown        Reason = "HOST_UNKNOWN"
 	ReasonSerialNotFound     Reason = "SERIAL_NOT_FOUND"
+	// ReasonProcessNotFound: the agent sees no process of that pid.
+	ReasonProcessNotFound Reason = "PROCESS_NOT_FOUND"
 	// ReasonPoolMissing: the store holds no pool, or not the one that is meant.
 	ReasonPoolMissing Reason = "POOL_MISSING"
 	// ReasonPoolExists: there is a pool already; nothing changed.

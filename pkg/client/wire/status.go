@@ -32,6 +32,7 @@ var reasonCodes = map[alloc.Reason]codes.Code{
 	alloc.ReasonCheckpointNotFound: codes.NotFound,
 	alloc.ReasonHostUnknown:        codes.NotFound,
 	alloc.ReasonSerialNotFound:     codes.NotFound,
+	alloc.ReasonProcessNotFound:    codes.NotFound,
 	alloc.ReasonPoolMissing:        codes.FailedPrecondition,
 	alloc.ReasonPoolExists:         codes.AlreadyExists,
 	alloc.ReasonRecovering:         codes.Unavailable,
