@@ -1,0 +1,286 @@
+package wire
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"path/filepath"
+	"reflect"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/alloc/alloctest"
+)
+
+// constants are the values of a string type's constants, as the domain's source declares them.
+func constants(t *testing.T, typeName string) (values []string) {
+	t.Helper()
+	paths, err := filepath.Glob("../../alloc/*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range paths {
+		f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			if spec, ok := n.(*ast.ValueSpec); ok {
+				if id, ok := spec.Type.(*ast.Ident); ok && id.Name == typeName {
+					for _, v := range spec.Values {
+						if lit, ok := v.(*ast.BasicLit); ok {
+							s, err := strconv.Unquote(lit.Value)
+							if err != nil {
+								t.Fatal(err)
+							}
+							values = append(values, s)
+						}
+					}
+				}
+			}
+			return true
+		})
+	}
+	if len(values) == 0 {
+		t.Fatalf("the domain has no constants of type %s", typeName)
+	}
+	return values
+}
+
+// TestEveryReason: each reason of the domain has a code, and comes back as what it was.
+func TestEveryReason(t *testing.T) {
+	for _, reason := range constants(t, "Reason") {
+		if _, ok := reasonCodes[alloc.Reason(reason)]; !ok {
+			t.Errorf("reason %s has no code", reason)
+		}
+		sent := &alloc.Error{Reason: alloc.Reason(reason), Subject: "sandbox 0001000000000007", Msg: "it is so", Fix: "do this", RetryAfter: 300 * time.Millisecond}
+		err := FromError(fmt.Errorf("call: %w", Status(fmt.Errorf("use case: %w", sent)).Err()), MaybeSent)
+		got, ok := errors.AsType[*alloc.Error](err)
+		if !ok || !reflect.DeepEqual(got, sent) || !errors.Is(err, &alloc.Error{Reason: sent.Reason}) || err.Error() != sent.Error() {
+			t.Errorf("%s came back as %#v", reason, err)
+		}
+		if status.Code(err) != reasonCodes[sent.Reason] {
+			t.Errorf("%s: code %v", reason, status.Code(err))
+		}
+	}
+}
+
+// TestEveryWord: each word of the domain has a value on the wire, and each value a word.
+func TestEveryWord(t *testing.T) {
+	check := func(typeName string, values int, toWire func(string) int32, fromWire func(int32) string) {
+		t.Helper()
+		words := constants(t, typeName)
+		if len(words) != values-1 { // but the unspecified one
+			t.Errorf("%s: %d words, %d values", typeName, len(words), values)
+		}
+		for _, w := range words {
+			if e := toWire(w); e == 0 || fromWire(e) != w {
+				t.Errorf("%s %q becomes %d, and that %q", typeName, w, e, fromWire(e))
+			}
+		}
+		if fromWire(0) != "" || fromWire(99) != "unknown(99)" || toWire("nonsense") != 0 {
+			t.Errorf("%s: %q, %q, %d", typeName, fromWire(0), fromWire(99), toWire("nonsense"))
+		}
+	}
+	check("NamespaceType", len(nsallocv1.NamespaceType_name), to(namespaceTypes), from(namespaceTypes))
+	check("SandboxState", len(nsallocv1.SandboxState_name), to(sandboxStates), from(sandboxStates))
+	check("CheckpointState", len(nsallocv1.CheckpointState_name), to(checkpointStates), from(checkpointStates))
+	check("Evidence", len(nsallocv1.Evidence_name), to(evidences), from(evidences))
+	check("Outcome", len(nsallocv1.ClaimOutcome_name), to(outcomes), from(outcomes))
+	check("Action", len(nsallocv1.PolicyAction_name), to(policyActions), from(policyActions))
+}
+
+func to[E ~int32, W ~string](v vocabulary[E, W]) func(string) int32 {
+	return func(w string) int32 { return int32(v.value(W(w))) }
+}
+
+func from[E ~int32, W ~string](v vocabulary[E, W]) func(int32) string {
+	return func(e int32) string { return string(v.word(E(e))) }
+}
+
+// TestRecords: what the wire has fields for comes back as it was.
+func TestRecords(t *testing.T) {
+	for _, r := range alloctest.Records(t) {
+		switch want := r.(type) {
+		case *alloc.Sandbox:
+			got := SandboxFromWire(through(t, SandboxToWire(want)))
+			clean := *want
+			clean.Requests, clean.Extra = nil, nil
+			if clean.Claim != nil {
+				clean.Claim = &alloc.Claim{Claimant: clean.Claim.Claimant}
+			}
+			clean.Bindings = append([]alloc.Binding(nil), clean.Bindings...)
+			for i := range clean.Bindings {
+				clean.Bindings[i].Extra = nil
+			}
+			clean.Stints = append([]alloc.Stint(nil), clean.Stints...)
+			for i := range clean.Stints {
+				clean.Stints[i].Extra = nil
+			}
+			same(t, got, &clean)
+		case *alloc.Checkpoint:
+			clean := *want
+			clean.Extra = nil
+			same(t, CheckpointFromWire(through(t, CheckpointToWire(want))), &clean)
+		case *alloc.Host:
+			clean := *want
+			clean.Nonce, clean.Requests, clean.Extra = "", nil, nil
+			same(t, HostFromWire(through(t, HostToWire(want))), &clean)
+		case *alloc.Pool:
+			clean := *want
+			clean.Nonce, clean.Extra = "", nil
+			same(t, PoolFromWire(through(t, PoolToWire(want))), &clean)
+		}
+	}
+	if SandboxToWire(nil) != nil || SandboxFromWire(nil) != nil || CheckpointToWire(nil) != nil || CheckpointFromWire(nil) != nil ||
+		HostToWire(nil) != nil || HostFromWire(nil) != nil || PoolToWire(nil) != nil || PoolFromWire(nil) != nil {
+		t.Error("nil became something")
+	}
+}
+
+// through encodes and decodes.
+func through[M proto.Message](t *testing.T, m M) M {
+	t.Helper()
+	b, err := proto.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := m.ProtoReflect().New().Interface()
+	if err := proto.Unmarshal(b, out); err != nil {
+		t.Fatal(err)
+	}
+	return out.(M)
+}
+
+func same(t *testing.T, got, want any) {
+	t.Helper()
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got\n%+v\nwant\n%+v", got, want)
+	}
+}
+
+// TestCommands: what a client asks for is what the server hears, but for the caller's name, which the
+// server knows.
+func TestCommands(t *testing.T) {
+	const s = alloc.Serial(1<<48 + 5)
+	m := alloc.Mutation{RequestID: "id", Host: "h", Incarnation: 1<<48 + 2}
+	b := []alloc.Binding{{Serial: s + 1, Type: alloc.Net, Kernel: alloc.KernelID{BootID: "b", ID: 1, Inode: 2, Weak: true}, Parent: s + 2}}
+	spend := alloc.Ranges{{First: s, Count: 9}, {First: s + 20, Count: 1}}
+	labels := map[string]string{"k": "v"}
+	digest := alloc.Digest{1, 2, 3}
+
+	same(t, AllocateCommand(through(t, AllocateRequest(alloc.AllocateCommand{RequestID: "id", Caller: "forged", Count: 3})), "host/h"), alloc.AllocateCommand{RequestID: "id", Caller: "host/h", Count: 3})
+	hello := alloc.HelloCommand{RequestID: "id", Host: "h", BootID: "b", Incarnation: 3, Nonce: "n", PoolUUID: "p", Labels: labels}
+	same(t, HelloCommand(through(t, HelloRequest(hello)), "h"), hello)
+	grant := alloc.GrantCommand{Mutation: m, Count: 7}
+	same(t, GrantCommand(through(t, GrantRequest(grant)), "h"), grant)
+	register := alloc.RegisterCommand{Mutation: m, Spend: spend, Items: []alloc.RegisterItem{
+		{Sandbox: s, Add: b, Labels: labels, OfHost: true, ParentCheckpoint: s + 3}, {Sandbox: s + 9, Epoch: 4, Gone: []alloc.Serial{s + 10}}}}
+	same(t, RegisterCommand(through(t, RegisterRequest(register)), "h"), register)
+	end := alloc.EndCommand{Mutation: m, Sandbox: s, Epoch: 4}
+	same(t, EndCommand(through(t, EndRequest(end)), "h"), end)
+	open := alloc.OpenCommand{Mutation: m, Spend: spend, Sandbox: s, Epoch: 4, Checkpoint: s + 1, RunID: "r", Digest: digest}
+	heard, err := OpenCommand(through(t, OpenRequest(open)), "h")
+	same(t, heard, open)
+	confirm := alloc.ConfirmCommand{Mutation: m, Sandbox: s, Epoch: 4, Checkpoint: s + 1, Evidence: alloc.InDoubt}
+	same(t, ConfirmCommand(through(t, ConfirmRequest(confirm)), "h"), confirm)
+	abort := alloc.AbortCommand{Mutation: m, Sandbox: s, Epoch: 4, Checkpoint: s + 1, ZeroGiven: true}
+	same(t, AbortCommand(through(t, AbortRequest(abort)), "h"), abort)
+	claim := alloc.ClaimCommand{Mutation: m, Checkpoint: s, Digest: digest, BootID: "b", Run: "r"}
+	claimed, err2 := ClaimCommand(through(t, ClaimRequest(claim)), "h")
+	same(t, claimed, claim)
+	if err != nil || err2 != nil {
+		t.Error(err, err2)
+	}
+	bind := alloc.BindCommand{Mutation: m, Spend: spend, Sandbox: s, Epoch: 4, BootID: "b", Run: "r", Bindings: b, Fresh: b, Labels: labels}
+	same(t, BindCommand(through(t, BindRequest(bind)), "h"), bind)
+	release := alloc.ReleaseCommand{Mutation: m, Sandbox: s, Epoch: 4, BootID: "b", Run: "r"}
+	same(t, ReleaseCommand(through(t, ReleaseRequest(release)), "h"), release)
+
+	for _, bad := range [][]byte{nil, {}, make([]byte, 31), make([]byte, 33)} {
+		if _, err := OpenCommand(&nsallocv1.OpenRequest{Digest: bad}, "h"); !errors.Is(err, alloc.ErrInvalid) {
+			t.Errorf("a digest of %d bytes: %v", len(bad), err)
+		}
+	}
+	// What is ignored in requests does not make two of them differ.
+	at := time.Now()
+	register.Items[0].Add[0].Bound, register.Items[0].Add[0].Gone = at, at
+	if got := RegisterCommand(RegisterRequest(register), "h").Items[0].Add[0]; !got.Bound.IsZero() || !got.Gone.IsZero() {
+		t.Errorf("heard %+v", got)
+	}
+}
+
+func TestStatus(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		code codes.Code
+	}{
+		{nil, codes.OK},
+		{context.DeadlineExceeded, codes.DeadlineExceeded},
+		{fmt.Errorf("read: %w", context.Canceled), codes.Canceled},
+		{status.Error(codes.NotFound, "x"), codes.NotFound},
+		{errors.New("password=secret"), codes.Internal},
+		{&alloc.Error{Reason: "NEWER_REASON", Msg: "x"}, codes.Internal},
+		{&alloc.Error{Reason: alloc.ReasonUnavailable, Msg: "x", Err: context.DeadlineExceeded}, codes.Unavailable},
+	} {
+		if got := Status(c.err); got.Code() != c.code || strings.Contains(got.Message(), "secret") {
+			t.Errorf("%v: %v", c.err, got)
+		}
+	}
+	// What a caller sent and an error quotes cannot make the status impossible to encode.
+	st := Status(&alloc.Error{Reason: alloc.ReasonInvalid, Subject: "name \xff", Msg: "\xfe", Fix: "\xfd"})
+	if _, err := proto.Marshal(st.Proto()); err != nil || len(st.Details()) == 0 {
+		t.Errorf("%v: %v", st, err)
+	}
+}
+
+func TestFromTransport(t *testing.T) {
+	for _, c := range []struct {
+		code codes.Code
+		sent Sent
+		want *alloc.Error // nil: as it was
+	}{
+		{codes.Unavailable, MaybeSent, alloc.ErrUnknownOutcome},
+		{codes.DeadlineExceeded, MaybeSent, alloc.ErrUnknownOutcome},
+		{codes.Canceled, MaybeSent, alloc.ErrUnknownOutcome},
+		{codes.Internal, MaybeSent, alloc.ErrUnknownOutcome},
+		{codes.Unknown, MaybeSent, alloc.ErrUnknownOutcome},
+		{codes.Unavailable, NotSent, alloc.ErrUnavailable},
+		{codes.Canceled, NotSent, alloc.ErrUnavailable},
+		{codes.Unavailable, NothingToLose, alloc.ErrUnavailable},
+		{codes.DeadlineExceeded, NothingToLose, alloc.ErrUnavailable},
+		{codes.Internal, NothingToLose, nil},
+		{codes.Unimplemented, MaybeSent, nil},
+		{codes.InvalidArgument, MaybeSent, nil},
+		{codes.ResourceExhausted, MaybeSent, nil},
+	} {
+		in := status.Error(c.code, "words of the transport")
+		got := FromError(in, c.sent)
+		switch {
+		case c.want == nil && got != in:
+			t.Errorf("%v, %d: %v", c.code, c.sent, got)
+		case c.want != nil && !errors.Is(got, c.want):
+			t.Errorf("%v, %d: %v", c.code, c.sent, got)
+		}
+		if status.Code(got) != c.code || !strings.Contains(got.Error(), "words of the transport") {
+			t.Errorf("%v, %d: became %v", c.code, c.sent, got)
+		}
+		if c.want != nil && errors.Is(got, context.DeadlineExceeded) != (c.code == codes.DeadlineExceeded) {
+			t.Errorf("%v: errors.Is DeadlineExceeded is wrong", c.code)
+		}
+	}
+	if FromError(nil, MaybeSent) != nil {
+		t.Error("no error became one")
+	}
+}
