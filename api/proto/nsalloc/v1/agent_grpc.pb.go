@@ -41,8 +41,8 @@ type AgentClient interface {
 	// one and are registered before it answers, so that no serial in the answer changes any more.
 	//
 	// The pid is one of the agent's PID namespace. Errors: PROCESS_NOT_FOUND (NOT_FOUND),
-	// POOL_AWAY (UNAVAILABLE: something had to be registered and the pool was not reached within the
-	// deadline; RetryInfo).
+	// STORE_UNAVAILABLE (UNAVAILABLE: something had to be registered and the pool was not reached within
+	// the deadline).
 	Identify(ctx context.Context, in *IdentifyRequest, opts ...grpc.CallOption) (*IdentifyResponse, error)
 	// ListRuns reads the CRIU runs that the agent follows or followed lately, newest first.
 	ListRuns(ctx context.Context, in *ListRunsRequest, opts ...grpc.CallOption) (*ListRunsResponse, error)
@@ -112,8 +112,8 @@ type AgentServer interface {
 	// one and are registered before it answers, so that no serial in the answer changes any more.
 	//
 	// The pid is one of the agent's PID namespace. Errors: PROCESS_NOT_FOUND (NOT_FOUND),
-	// POOL_AWAY (UNAVAILABLE: something had to be registered and the pool was not reached within the
-	// deadline; RetryInfo).
+	// STORE_UNAVAILABLE (UNAVAILABLE: something had to be registered and the pool was not reached within
+	// the deadline).
 	Identify(context.Context, *IdentifyRequest) (*IdentifyResponse, error)
 	// ListRuns reads the CRIU runs that the agent follows or followed lately, newest first.
 	ListRuns(context.Context, *ListRunsRequest) (*ListRunsResponse, error)
