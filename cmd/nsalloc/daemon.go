@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -129,11 +130,18 @@ func (p *prefixed) flush() {
 
 // line needs mu.
 func (p *prefixed) line(b []byte) {
-	text := string(bytes.TrimRight(b, "\r"))
+	text := printable(string(bytes.TrimRight(b, "\r")))
 	if text != "" {
-		p.last = printable(text)
+		p.last = text
 	}
-	p.log.say(p.prefix + text + "\n")
+	s := stylePlain
+	switch {
+	case strings.Contains(text, "level=ERROR"):
+		s = styleBad
+	case strings.Contains(text, "level=WARN"):
+		s = styleWarn
+	}
+	p.log.say(p.prefix + p.log.paint.do(s, text) + "\n")
 }
 
 func (p *prefixed) lastLine() string {

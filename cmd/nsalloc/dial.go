@@ -93,7 +93,8 @@ func (to peer) explain(ctx context.Context, method string, req, reply any, cc *g
 	switch {
 	case err == nil || len(s.Details()) > 0:
 		return err
-	case ctx.Err() != nil && errors.Is(context.Cause(ctx), errTimeout):
+	// The other side knows the deadline too, and its clock may strike first.
+	case s.Code() == codes.DeadlineExceeded, errors.Is(context.Cause(ctx), errTimeout):
 		return fail(exitUnavailable, "the %s at %s has not answered in time; ask again with a longer --timeout, or look at its log", to.what, to.address)
 	case ctx.Err() != nil:
 		return fail(exitError, "interrupted")

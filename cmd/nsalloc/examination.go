@@ -160,8 +160,8 @@ func (e *examination) agentSocket(ctx context.Context) checkup {
 	case e.now().Sub(swept) > 5*time.Minute:
 		return doubtful("look at the agent's log; restart it when it hangs", "%s: connected, but its last sweep of /proc ended %s ago", name, e.age(swept))
 	}
-	return good("%s: incarnation %s, %d sandboxes, %d namespaces, swept %s ago", name,
-		alloc.Incarnation(st.GetIncarnation()), st.GetSandboxes(), st.GetNamespaces(), e.age(swept))
+	return good("%s: incarnation %s, %s, %s, swept %s ago", name, alloc.Incarnation(st.GetIncarnation()),
+		count(int(st.GetSandboxes()), "sandbox", "sandboxes"), count(int(st.GetNamespaces()), "namespace", "namespaces"), e.age(swept))
 }
 
 func (e *examination) hookSocket(ctx context.Context) checkup {

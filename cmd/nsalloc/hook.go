@@ -186,7 +186,8 @@ func (c *cli) printDiff(d []byte) {
 
 func (c *cli) warn(format string, args ...any) {
 	p := c.paint(c.err)
-	fmt.Fprintln(c.err, p.do(styleWarn, "warning:"), printable(fmt.Sprintf(format, args...)))
+	most, _ := terminalWidth(c.err)
+	fmt.Fprintln(c.err, p.do(styleWarn, "warning:"), wrap(printable(fmt.Sprintf(format, args...)), most, len("warning: ")))
 }
 
 func (c *cli) hookStatusCommand() *cobra.Command {

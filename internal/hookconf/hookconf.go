@@ -8,7 +8,7 @@
 //
 // Install appends two lines, a comment and the option:
 //
-//	# nsalloc: "nsalloc hook install" added this and the next line; "nsalloc hook uninstall" removes them
+//	# Added by nsalloc hook install, with the next line
 //	action-script /usr/libexec/nsalloc-hook
 //
 // At the end, because CRIU runs scripts last-added first: the manifest has to be in the image directory
@@ -37,10 +37,10 @@ const (
 	// Option is CRIU's option that adds a script.
 	Option = "action-script"
 
-	marker = `# nsalloc: "nsalloc hook install" added this and the next line; "nsalloc hook uninstall" removes them`
+	marker = "# Added by nsalloc hook install, with the next line"
 	// What Install found, remembered at the marker's end.
-	noLineEnd = " (the line above had no line end)"
-	noFile    = " (there was no file)"
+	noLineEnd = " (no line end above)"
+	noFile    = " (new file)"
 )
 
 // Script is one action-script option of a configuration text.
