@@ -5,7 +5,7 @@
 //
 // To install it, name it in /etc/criu/default.conf, which CRIU reads whoever starts it:
 //
-//	action-script /usr/libexec/nsalloc/nsalloc-hook
+//	action-script /usr/libexec/nsalloc-hook
 //
 // It stands there by itself, not in a shell script: its parent has to be CRIU. CRIU takes several
 // action-script lines.

@@ -1,9 +1,6 @@
 package criuhook
 
-import (
-	"errors"
-	"fmt"
-)
+import "errors"
 
 // Decision is what a caller of Ask does with what came back.
 type Decision struct {
@@ -22,11 +19,13 @@ func Decide(a Action, answer Response, err error, bypassed bool) Decision {
 	if err == nil {
 		return Decision{Veto: can && answer.Verdict == Veto, Message: answer.Message}
 	}
-	fix := "see its log: journalctl -u nsalloc-agent"
-	if errors.Is(err, ErrNoAgent) {
-		fix = "start it: systemctl start nsalloc-agent"
+	text := err.Error()
+	switch {
+	case errors.Is(err, ErrNoAgent):
+		text += "; start it: systemctl start nsalloc-agent"
+	case errors.Is(err, ErrNoAnswer):
+		text += "; see its log: journalctl -u nsalloc-agent"
 	}
-	text := fmt.Sprintf("%v; %s", err, fix)
 	switch {
 	case !can:
 		text += " (CRIU cannot be stopped at this point)"
