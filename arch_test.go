@@ -52,7 +52,7 @@ var reserved = []struct {
 		"only a command starts the service; an agent speaks gRPC to it, so that the two can be upgraded apart"},
 	{"internal/agent/...", []string{"cmd/..."}, false,
 		"only a command starts the daemon; a server never reaches into a host"},
-	{"api/proto/...", []string{"internal/server/...", "internal/agent/...", "pkg/client/...", "cmd/...", "e2e/..."}, true,
+	{"api/proto/...", []string{"internal/server/...", "internal/agent/...", "pkg/client/...", "cmd/...", "internal/testpool/...", "e2e/..."}, true,
 		"the wire format is converted once at each edge; the domain must not learn protobuf"},
 	{"internal/storepb/...", []string{"internal/etcdstore/..."}, true,
 		"what the store keeps is one package's secret: only then can its format change"},
