@@ -187,6 +187,19 @@ func start(t testing.TB, c *exec.Cmd, env []string) (int, string) {
 	return c.ProcessState.ExitCode(), string(b)
 }
 
+// hide makes this a host that is not set up, for the rest of the test.
+func hide(t testing.TB) {
+	t.Helper()
+	if err := os.Rename(conf, conf+"~"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.Rename(conf+"~", conf); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func imageDir(t testing.TB) *os.File {
 	t.Helper()
 	f, err := os.Open(t.TempDir())

@@ -39,6 +39,14 @@ func agent(t *testing.T, serve func(c *net.UnixConn)) (path string) {
 	return path
 }
 
+// reply sends whatever b is; the client may be gone.
+func reply(c *net.UnixConn, b []byte, fds ...int) {
+	_, _, _ = c.WriteMsgUnix(b, syscall.UnixRights(fds...), nil)
+}
+
+// linger waits until the client hangs up.
+func linger(c *net.UnixConn) { _, _ = c.Read(make([]byte, 1)) }
+
 // receive reads a request and closes its descriptors.
 func receive(t *testing.T, c *net.UnixConn) Request {
 	b, oob := make([]byte, MaxMessage), make([]byte, 1024)
@@ -76,7 +84,7 @@ func TestAsk(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-		c.Write(b)
+		reply(c, b)
 	})
 	dir, err := os.Open(t.TempDir())
 	if err != nil {
@@ -101,7 +109,7 @@ func TestAsk(t *testing.T) {
 
 func TestAskFails(t *testing.T) {
 	answer := func(b []byte) string {
-		return agent(t, func(c *net.UnixConn) { receive(t, c); c.Write(b) })
+		return agent(t, func(c *net.UnixConn) { receive(t, c); reply(c, b) })
 	}
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
@@ -129,7 +137,7 @@ func TestAskFails(t *testing.T) {
 		"unknown verdict":    {answer([]byte(`{"version":1,"verdict":"maybe"}`)), ErrNoAnswer},
 		"another version":    {answer([]byte(`{"version":2,"verdict":"pass"}`)), ErrNoAnswer},
 		"too long":           {answer(append([]byte(`{"version":1,"verdict":"pass"}`), bytes.Repeat([]byte(" "), MaxMessage)...)), ErrNoAnswer},
-		"silent":             {agent(t, func(c *net.UnixConn) { receive(t, c); c.Read(make([]byte, 1)) }), context.DeadlineExceeded},
+		"silent":             {agent(t, func(c *net.UnixConn) { receive(t, c); linger(c) }), context.DeadlineExceeded},
 		"never accepts":      {backlogFull(t), context.DeadlineExceeded},
 		"stream, no packets": {streamSocket(t), ErrNoAnswer},
 	} {
@@ -148,7 +156,7 @@ func TestAskFails(t *testing.T) {
 	}
 	t.Run("cancelled", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
-		path := agent(t, func(c *net.UnixConn) { receive(t, c); cancel(); <-ctx.Done(); c.Read(make([]byte, 1)) })
+		path := agent(t, func(c *net.UnixConn) { receive(t, c); cancel(); <-ctx.Done(); linger(c) })
 		if r, err := Ask(ctx, path, request()); !errors.Is(err, context.Canceled) || !errors.Is(err, ErrNoAnswer) {
 			t.Errorf("%+v, %v", r, err)
 		}
@@ -200,7 +208,7 @@ func TestNoLeak(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-		c.WriteMsgUnix(b, syscall.UnixRights(0, 1, 2), nil)
+		reply(c, b, 0, 1, 2)
 	})
 	count := func() int {
 		list, err := os.ReadDir("/proc/self/fd")

@@ -118,11 +118,11 @@ func TestHostileManifests(t *testing.T) {
 		t.Fatal(err)
 	}
 	good := string(b)
-	replace := func(old, new string) string {
+	replace := func(old, with string) string {
 		if !strings.Contains(good, old) {
 			t.Fatalf("no %s in the manifest", old)
 		}
-		return strings.Replace(good, old, new, 1)
+		return strings.Replace(good, old, with, 1)
 	}
 	for name, text := range map[string]string{
 		"empty":              "",

@@ -50,14 +50,14 @@ const fieldRunID = 13
 
 // source is where images come from: a directory, or the fuzzer.
 type source interface {
-	// read reads the whole of a regular file of at most max bytes; an error that matches
+	// read reads the whole of a regular file of no more than most bytes; an error that matches
 	// os.ErrNotExist when there is none.
-	read(name string, max int64) ([]byte, error)
+	read(name string, most int64) ([]byte, error)
 }
 
 type directory struct{ f *os.File }
 
-func (d directory) read(name string, max int64) ([]byte, error) {
+func (d directory) read(name string, most int64) ([]byte, error) {
 	raw, err := d.f.SyscallConn() // keeps the descriptor open meanwhile, and leaves it as it is
 	if err != nil {
 		return nil, err
@@ -87,21 +87,21 @@ func (d directory) read(name string, max int64) ([]byte, error) {
 		return nil, fmt.Errorf("%s: it is no regular file (%s)", name, st.Mode().Type())
 	}
 	// The size is asked first and then not trusted: the file may grow.
-	if st.Size() > max {
-		return nil, tooLarge(name, max)
+	if st.Size() > most {
+		return nil, tooLarge(name, most)
 	}
-	b, err := io.ReadAll(io.LimitReader(f, max+1))
+	b, err := io.ReadAll(io.LimitReader(f, most+1))
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("%s: %w", name, err)
-	case int64(len(b)) > max:
-		return nil, tooLarge(name, max)
+	case int64(len(b)) > most:
+		return nil, tooLarge(name, most)
 	}
 	return b, nil
 }
 
-func tooLarge(name string, max int64) error {
-	return fmt.Errorf("%s: larger than %d bytes, so it is no image that CRIU wrote of a tree of up to %d tasks", name, max, maxTasks)
+func tooLarge(name string, most int64) error {
+	return fmt.Errorf("%s: larger than %d bytes, so it is no image that CRIU wrote of a tree of up to %d tasks", name, most, maxTasks)
 }
 
 // reader reads one set and sums it up on the way: what is parsed is what is hashed.
@@ -261,8 +261,8 @@ func (r *reader) externalKey(id ID) (string, error) {
 }
 
 // image reads a file, sums it up and splits it.
-func (r *reader) image(name string, magic uint32, max int64) ([][]byte, error) {
-	b, err := r.src.read(name, max)
+func (r *reader) image(name string, magic uint32, most int64) ([][]byte, error) {
+	b, err := r.src.read(name, most)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%w: %w", err, ErrIncomplete)
 	}

@@ -379,7 +379,10 @@ func TestFind(t *testing.T) {
 		if err := c.Start(); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { c.Process.Kill(); c.Wait() })
+		t.Cleanup(func() {
+			_ = c.Process.Kill()
+			_ = c.Wait() // says that it was killed
+		})
 		return c
 	}
 	start()
