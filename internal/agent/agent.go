@@ -96,13 +96,13 @@ type Agent struct {
 	book      *book
 	runs      *runs
 
-	kick      chan struct{} // asks for a sweep now; holds one
-	settleNow chan *run     // asks for a run to be settled now
-	swept     atomic.Pointer[time.Time]
-	trouble   atomic.Pointer[string] // why the pool is not reached; nil when it is
-	poolRec   atomic.Pointer[alloc.Pool]
-	joined    chan struct{} // closed after the first Hello and the first reading of our sandboxes
-	joinOnce  sync.Once
+	kick     chan struct{} // asks for a sweep now; holds one
+	settling settling
+	swept    atomic.Pointer[time.Time]
+	trouble  atomic.Pointer[string] // why the pool is not reached; nil when it is
+	poolRec  atomic.Pointer[alloc.Pool]
+	joined   chan struct{} // closed after the first Hello and the first reading of our sandboxes
+	joinOnce sync.Once
 }
 
 // New prepares an agent: it reads its state, which must be this host's, and looks at the kernel. The
@@ -133,14 +133,15 @@ func New(cfg Config, pool Pool) (*Agent, error) {
 	}
 	a := &Agent{
 		cfg: cfg, log: cfg.Log, kernel: kernel, pool: pool, state: state, exits: exits, host: host,
-		book: newBook(), kick: make(chan struct{}, 1), settleNow: make(chan *run, 16), joined: make(chan struct{}),
+		book: newBook(), kick: make(chan struct{}, 1), settling: newSettling(), joined: make(chan struct{}),
 	}
 	a.registrar = newRegistrar(a)
 	a.runs = newRuns(a)
 	return a, nil
 }
 
-// Run works until ctx ends, and returns nil then; or until a part fails, and returns why.
+// Run works until ctx ends, and returns nil then; or until a part fails, and returns why. Whatever it
+// began has ended by then: the state directory is another agent's as soon as it is closed.
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.state.Close()
 	defer a.exits.Close()
@@ -174,6 +175,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		{"sweep", a.sweepLoop},
 		{"exits", a.watchExits},
 		{"settle", a.settleLoop},
+		{"orphans", a.orphanLoop},
 		{"hook", func(ctx context.Context) error { return a.serveHook(ctx, hook) }},
 		{"local", func(ctx context.Context) error { return a.serveLocal(ctx, local) }},
 	} {

@@ -30,6 +30,11 @@ func newBook() *book {
 func (b *book) put(host string, s *alloc.Sandbox) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.set(host, s)
+}
+
+// set is put for the holder of mu.
+func (b *book) set(host string, s *alloc.Sandbox) {
 	b.drop(s.Serial)
 	if s.Owner != host || s.State == alloc.StateEnded || s.State == alloc.StateInTransit {
 		return
@@ -59,13 +64,13 @@ func (b *book) drop(serial alloc.Serial) {
 	delete(b.sandboxes, serial)
 }
 
-// replace makes the book exactly list.
+// replace makes the book exactly list, at once: no reader sees a half.
 func (b *book) replace(host string, list []*alloc.Sandbox) {
 	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.sandboxes, b.byKernel = map[alloc.Serial]*alloc.Sandbox{}, map[string]place{}
-	b.mu.Unlock()
 	for _, s := range list {
-		b.put(host, s)
+		b.set(host, s)
 	}
 }
 

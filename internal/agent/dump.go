@@ -31,10 +31,35 @@ func (a *Agent) preDump(ctx context.Context, n *run, req *hookRequest) (string, 
 		return "", nil
 	}
 	n.rec.Mode = modeOwn
-	if _, err = a.numberDump(ctx, n, root, procs); err != nil {
+	if err := a.numberRunning(ctx, n, root, procs); err != nil {
 		return "", err
 	}
 	return "", a.askPool(ctx)
+}
+
+// unsettledFor is how long a dump waits, before anything is frozen, for an earlier one of the same
+// sandbox to be settled.
+const unsettledFor = 3 * time.Second
+
+// errUnsettled says that the sandbox is in the middle of an earlier hand-off.
+var errUnsettled = errors.New("an earlier dump or restore of it is not settled yet")
+
+// numberRunning is numberDump for a tree that runs: it can wait.
+func (a *Agent) numberRunning(ctx context.Context, n *run, root kernelns.Process, procs []kernelns.Process) error {
+	until := time.Now().Add(unsettledFor)
+	t := time.NewTicker(minClaimPause)
+	defer t.Stop()
+	for {
+		_, err := a.numberDump(ctx, n, root, procs)
+		if !errors.Is(err, errUnsettled) || time.Now().After(until) {
+			return err
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // askPool makes sure that the pool answers before anything is frozen: the veto at post-dump would come
@@ -90,7 +115,7 @@ func (a *Agent) numberDump(ctx context.Context, n *run, root kernelns.Process, p
 	case s == nil || s.OfHost:
 		return nil, fmt.Errorf("the root task %d lives in another sandbox's namespaces only; dump that sandbox's root task", root.PID)
 	case s.State != alloc.StateRunning:
-		return nil, fmt.Errorf("sandbox %s is %s: an earlier dump or restore of it is not settled yet; try again in a moment, see: nsalloc sandbox get %s", s.Serial, s.State, s.Serial)
+		return nil, fmt.Errorf("sandbox %s is %s: %w; try again in a moment, see: nsalloc sandbox get %s", s.Serial, s.State, errUnsettled, s.Serial)
 	}
 	n.rec.Sandbox, n.rec.Epoch = s.Serial, s.Epoch
 	return s, nil
@@ -101,8 +126,11 @@ func (a *Agent) numberDump(ctx context.Context, n *run, root kernelns.Process, p
 // on disk before it is answered. Dying on any line of this is a veto to CRIU or counts as a 0: the
 // settling finds which by the record.
 func (a *Agent) postDump(ctx context.Context, n *run, req *hookRequest) (string, error) {
-	if n.rec.Mode == modeNone {
+	switch {
+	case n.rec.Mode == modeNone:
 		return "", nil
+	case n.rec.Closed:
+		return "", errors.New("this dump was refused before")
 	}
 	dir := req.files[criuhook.FDImages]
 	if dir == nil {
@@ -115,6 +143,10 @@ func (a *Agent) postDump(ctx context.Context, n *run, req *hookRequest) (string,
 	root, procs, err := a.treeOf(ctx, n, req)
 	if err != nil {
 		return "", err
+	}
+	if n.rec.Mode == "" && !a.treeOwns(procs) {
+		n.rec.Mode = modeNone // as at pre-dump, which nobody had to remember
+		return "", nil
 	}
 	n.rec.Mode = modeOwn
 	// Once more: the tree may have made namespaces between pre-dump and the freeze.
@@ -141,7 +173,7 @@ func (a *Agent) postDump(ctx context.Context, n *run, req *hookRequest) (string,
 		}
 		m.Namespaces = append(m.Namespaces, entry)
 	}
-	if err := a.watch(n, procs); err != nil {
+	if err := a.watchTasks(n, procs); err != nil {
 		return "", err
 	}
 	return "", a.openCheckpoint(ctx, n, dir, m)
@@ -183,6 +215,9 @@ func (a *Agent) openCheckpoint(ctx context.Context, n *run, dir *os.File, m *cri
 		return err
 	}
 	m.Checkpoint = serials[0]
+	// Burned from here on, whatever comes of it: a later dump must not get this serial, or the settling
+	// would take one for the other.
+	a.registrar.burn(m.Checkpoint)
 	body, digest, err := m.Encode()
 	if err != nil {
 		return err
@@ -191,9 +226,7 @@ func (a *Agent) openCheckpoint(ctx context.Context, n *run, dir *os.File, m *cri
 		return err
 	}
 	// On disk before it can be in the store: whatever happens next, the settling knows which dump it was.
-	// And burned: a later dump must not get this serial, or the settling would take one for the other.
 	n.rec.Checkpoint = m.Checkpoint
-	a.registrar.burn(m.Checkpoint)
 	if err := a.runs.save(n); err != nil {
 		return err
 	}

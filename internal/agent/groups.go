@@ -3,6 +3,9 @@ package agent
 import (
 	"cmp"
 	"slices"
+	"strconv"
+	"strings"
+	"unicode/utf8"
 
 	"github.com/nsalloc/nsalloc/internal/kernelns"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
@@ -88,22 +91,44 @@ func (a *Agent) isHosts(t alloc.NamespaceType, k alloc.KernelID) bool {
 var leading = []alloc.NamespaceType{alloc.Mnt, alloc.PID, alloc.Net, alloc.IPC, alloc.UTS, alloc.Cgroup, alloc.User, alloc.Time}
 
 // sandboxOf finds the sandbox that a tree belongs to, by its root: the one that holds the root's first
-// own namespace. nil when that has no serial yet.
+// own namespace; nil for none yet. Where the first has no serial, the tree may have made it after the
+// sweep saw the others: then its sandbox is the one of a later type that has no live namespace of the
+// first. A pod's sandbox does not pass for its containers': it has one.
 func (a *Agent) sandboxOf(root kernelns.Process) *alloc.Sandbox {
+	var without []alloc.NamespaceType
 	for _, t := range leading {
 		k, ok := root.Namespaces[t]
 		if !ok || a.isHosts(t, k) {
 			continue
 		}
-		if p, ok := a.book.find(t, k); ok {
-			return a.book.sandbox(p.sandbox)
+		p, ok := a.book.find(t, k)
+		if !ok {
+			without = append(without, t)
+			continue
 		}
-		return nil
+		s := a.book.sandbox(p.sandbox)
+		if s == nil || len(without) > 0 && (s.OfHost || a.hasAny(s, without)) {
+			return nil
+		}
+		return s
 	}
 	return nil
 }
 
-// numbered is a namespace of a tree that has no serial yet.
+// hasAny reports whether a sandbox has a namespace of one of the types that lives, or may.
+func (a *Agent) hasAny(s *alloc.Sandbox, types []alloc.NamespaceType) bool {
+	for _, b := range s.Bindings {
+		if !b.Live() || !slices.Contains(types, b.Type) {
+			continue
+		}
+		if alive, err := a.kernel.Alive(b.Type, b.Kernel); alive || err != nil {
+			return true
+		}
+	}
+	return false
+}
+
+// unnumbered is a namespace of a tree that has no serial yet.
 type unnumbered struct {
 	t alloc.NamespaceType
 	k alloc.KernelID
@@ -128,7 +153,8 @@ func (a *Agent) missing(procs []kernelns.Process) []unnumbered {
 	return list
 }
 
-// labelsOf is what the pool is told of a tree, for people to recognize it.
+// labelsOf is what the pool is told of a tree, for people to recognize it. A process calls itself what it
+// likes; the pool takes text.
 func labelsOf(root kernelns.Process) map[string]string {
 	labels := map[string]string{"command": clip(root.Comm)}
 	if root.Cgroup != "" && root.Cgroup != "/" {
@@ -137,11 +163,18 @@ func labelsOf(root kernelns.Process) map[string]string {
 	return labels
 }
 
-// clip cuts a label's value to what the pool takes.
+// clip makes a label's value what the pool takes: at most 256 bytes of UTF-8 in which everything prints.
 func clip(s string) string {
 	const most = 256
-	if len(s) > most {
-		s = s[len(s)-most:] // the end of a cgroup path names the container
+	s = strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !strconv.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, s)
+	for len(s) > most { // the end of a cgroup path names the container
+		_, size := utf8.DecodeRuneInString(s)
+		s = s[size:]
 	}
 	return s
 }

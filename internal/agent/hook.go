@@ -4,221 +4,85 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"net"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/nsalloc/nsalloc/internal/kernelns"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
 
-// maxHooks bounds the hook connections that are served at a time; more wait in the socket's backlog.
-const maxHooks = 64
-
-func isGone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) }
-
-// listenHook opens the hook socket, for root only.
-func listenHook(path string) (*net.UnixListener, error) {
-	return listenUnix("unixpacket", path)
-}
-
-// listenUnix makes a socket at path that only root can use. A socket that nobody listens on any more
-// is replaced; one that answers is another agent's.
-func listenUnix(network, path string) (*net.UnixListener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("socket directory: %w", err)
-	}
-	if c, err := net.Dial(network, path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("socket %s: another agent answers on it; stop that one first", path)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("socket: %w", err)
-	}
-	// The mode is set before anybody can connect: between bind and listen there is nobody to talk to.
-	old := unix.Umask(0o177)
-	l, err := net.ListenUnix(network, &net.UnixAddr{Name: path, Net: network})
-	unix.Umask(old)
-	if err != nil {
-		return nil, fmt.Errorf("socket: %w", err)
-	}
-	return l, nil
-}
-
-func (a *Agent) serveHook(ctx context.Context, l *net.UnixListener) error {
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	slots := make(chan struct{}, maxHooks)
-	for {
-		c, err := l.AcceptUnix()
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
-			return err
-		}
-		slots <- struct{}{}
-		go func() {
-			defer func() { <-slots }()
-			defer c.Close()
-			a.serveOne(ctx, c)
-		}()
-	}
-}
-
-// serveOne reads one request, decides, and answers. A caller that is gone gets no answer, but what was
-// decided for it stands: it is on disk.
-func (a *Agent) serveOne(ctx context.Context, c *net.UnixConn) {
-	ctx, cancel := context.WithTimeout(ctx, criuhook.AgentDeadline)
-	defer cancel()
-	_ = c.SetDeadline(time.Now().Add(criuhook.Deadline))
-	var answer criuhook.Response
-	req, err := receive(c)
-	if err != nil {
-		a.log.Warn("hook: a request was refused", "cause", err)
-		answer = criuhook.Response{Verdict: criuhook.Veto, Message: err.Error()}
-	} else {
-		defer req.close()
-		answer = a.decide(ctx, req)
-	}
-	packet, err := criuhook.EncodeResponse(answer)
-	if err == nil {
-		_, err = c.Write(packet)
-	}
-	if err != nil {
-		a.log.Warn("hook: nobody took the answer", "action", req.Action, "criu", req.CRIUPID, "cause", err)
-	}
-}
-
-// hookRequest is a request with what came along.
-type hookRequest struct {
-	criuhook.Request
-	files map[string]*os.File
-	peer  int // pid of who sent it, in the agent's PID namespace
-}
-
-func (r *hookRequest) close() {
-	for _, f := range r.files {
-		f.Close()
-	}
-}
-
-func receive(c *net.UnixConn) (*hookRequest, error) {
-	buf := make([]byte, criuhook.MaxMessage+1)
-	oob := make([]byte, unix.CmsgSpace(8*4))
-	n, oobn, flags, _, err := c.ReadMsgUnix(buf, oob)
-	files, filesErr := filesOf(oob[:oobn])
-	r := &hookRequest{files: map[string]*os.File{}}
-	fail := func(err error) (*hookRequest, error) {
-		for _, f := range files {
-			f.Close()
-		}
-		return r, err
-	}
-	switch {
-	case err != nil:
-		return fail(fmt.Errorf("hook request: %w", err))
-	case filesErr != nil:
-		return fail(fmt.Errorf("hook request: descriptors: %w", filesErr))
-	case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
-		return fail(errors.New("hook request: it is larger than a message may be"))
-	}
-	if r.Request, err = criuhook.DecodeRequest(buf[:n]); err != nil {
-		return fail(err)
-	}
-	if len(files) != len(r.FDs) {
-		return fail(fmt.Errorf("hook request: %d descriptors came along, %d are named", len(files), len(r.FDs)))
-	}
-	for i, name := range r.FDs {
-		r.files[name] = files[i]
-	}
-	files = nil
-	if r.peer, err = peerOf(c); err != nil {
-		r.close()
-		return r, err
-	}
-	return r, nil
-}
-
-func filesOf(oob []byte) ([]*os.File, error) {
-	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil, err
-	}
-	var files []*os.File
-	for _, m := range messages {
-		fds, err := unix.ParseUnixRights(&m)
-		if err != nil {
-			return files, err
-		}
-		for _, fd := range fds {
-			unix.CloseOnExec(fd)
-			files = append(files, os.NewFile(uintptr(fd), "hook"))
-		}
-	}
-	return files, nil
-}
-
-// peerOf is the pid of the process that connected, and proves that it is root.
-func peerOf(c *net.UnixConn) (int, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	var credErr error
-	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return 0, err
-	}
-	if credErr != nil {
-		return 0, fmt.Errorf("hook request: who sent it: %w", credErr)
-	}
-	if cred.Uid != 0 {
-		return 0, fmt.Errorf("hook request: it comes from user %d; CRIU runs as root", cred.Uid)
-	}
-	return int(cred.Pid), nil
-}
-
-// decide finds the run that a request belongs to and handles the action, once.
-func (a *Agent) decide(ctx context.Context, req *hookRequest) criuhook.Response {
+// decide finds the run that a request belongs to, handles the action, once, and sends the answer. The
+// run's turn is held until it is sent, so that nobody is told the answer of before while it is not sure
+// that there is one. The error says that nobody took it.
+func (a *Agent) decide(ctx context.Context, req *hookRequest, send func(criuhook.Response) error) error {
 	stage, known := criuhook.StageOf(req.Action)
 	if !known {
-		return criuhook.Response{Verdict: criuhook.Pass, Message: "this release does not know the action " + string(req.Action)}
+		return send(criuhook.Response{Verdict: criuhook.Pass, Message: "this release does not know the action " + string(req.Action)})
 	}
 	began := time.Now()
 	n, err := a.runOf(req, stage)
 	if err != nil {
-		return a.refuse(stage, err)
+		a.log.Warn("hook: a request was refused", "action", req.Action, "cause", err)
+		return send(a.refuse(stage, err))
 	}
 	done, err := n.hold(ctx)
 	if err != nil {
-		return a.refuse(stage, err)
+		return send(a.refuse(stage, err))
 	}
+	defer a.settleIfGone(n)
 	defer done()
 	if given, ok := n.rec.Answers[req.Action]; ok {
 		a.log.Info("hook: an action came again and got the answer of before", "action", req.Action, "run", n.key, "verdict", given.Verdict)
-		return given
+		return send(given)
 	}
+	answer := a.settleAnswer(n, stage, a.answer(ctx, n, stage, req))
+	a.log.Info("hook", "action", req.Action, "run", n.key, "verdict", answer.Verdict, "sandbox", n.rec.Sandbox, "message", answer.Message, "took", time.Since(began).Round(time.Microsecond))
+	if err := send(answer); err != nil {
+		a.untaken(n, stage)
+		return err
+	}
+	return nil
+}
+
+// settleIfGone has a run settled whose CRIU ended while an action was being handled.
+func (a *Agent) settleIfGone(n *run) {
+	if gone, _, _ := n.deaths.told(); gone {
+		a.settleAsk(n)
+	}
+}
+
+// answer does an action's work; by the holder of the run's turn.
+func (a *Agent) answer(ctx context.Context, n *run, stage criuhook.Stage, req *hookRequest) criuhook.Response {
 	if n.rec.Phase == criuhook.Either {
 		n.rec.Phase = stage.Phase
 	}
-	n.rec.Last = req.Action
-	answer := criuhook.Response{Verdict: criuhook.Pass}
-	message, err := a.handle(ctx, n, req)
-	if err != nil {
-		answer = a.refuse(stage, err)
-	} else {
-		answer.Message = message
+	if stage.Phase != criuhook.Either && stage.Phase != n.rec.Phase {
+		return a.refuse(stage, fmt.Errorf("CRIU %d began a %s and now brings %s; start a CRIU of its own for each", n.rec.CRIUPID, n.rec.Phase, stage.Action))
 	}
-	answer = a.settleAnswer(n, stage, answer)
-	a.log.Info("hook", "action", req.Action, "run", n.key, "verdict", answer.Verdict, "sandbox", n.rec.Sandbox, "message", answer.Message, "took", time.Since(began).Round(time.Microsecond))
-	return answer
+	n.rec.Last = req.Action
+	pidfd := req.files[criuhook.FDCRIU]
+	err := a.watchCRIU(n, pidfd)
+	message := ""
+	if err == nil {
+		message, err = a.handle(ctx, n, req)
+	}
+	if err == nil && isLast(stage) {
+		// Whoever is told to go on must be there to do it. What ends after this is found by looking.
+		if over, pollErr := kernelns.Exited(int(pidfd.Fd())); over || pollErr != nil {
+			err = fmt.Errorf("the CRIU process %d is gone", n.rec.CRIUPID)
+		}
+	}
+	if err != nil {
+		return a.refuse(stage, err)
+	}
+	return criuhook.Response{Verdict: criuhook.Pass, Message: message}
+}
+
+// isLast reports whether a stage is the last that can veto: 0 there lets CRIU kill the source, or the
+// tree run.
+func isLast(stage criuhook.Stage) bool {
+	return stage.Action == criuhook.PostDump || stage.Action == criuhook.PostRestore
 }
 
 // settleAnswer puts an answer on disk before it leaves. Where that fails, nothing was promised: a stage
@@ -227,7 +91,7 @@ func (a *Agent) settleAnswer(n *run, stage criuhook.Stage, answer criuhook.Respo
 	if n.rec.Answers == nil {
 		n.rec.Answers = map[criuhook.Action]criuhook.Response{}
 	}
-	last := stage.Action == criuhook.PostDump || stage.Action == criuhook.PostRestore
+	last := isLast(stage)
 	if last {
 		n.rec.ZeroGiven = answer.Verdict == criuhook.Pass
 		n.rec.Closed = !n.rec.ZeroGiven
@@ -236,7 +100,8 @@ func (a *Agent) settleAnswer(n *run, stage criuhook.Stage, answer criuhook.Respo
 		n.rec.Closed = true
 	}
 	n.rec.Answers[stage.Action] = answer
-	if rests := last || answer.Verdict == criuhook.Veto || stage.Action == criuhook.PreRestore; !rests || n.rec.Mode == modeNone {
+	rests := last || answer.Verdict == criuhook.Veto || stage.Action == criuhook.PreRestore
+	if !rests || n.rec.Mode == modeNone || n.rec.Mode == "" {
 		a.runs.publish(n) // nothing rests on it: an agent that dies here decides again
 		return answer
 	}
@@ -249,6 +114,23 @@ func (a *Agent) settleAnswer(n *run, stage criuhook.Stage, answer criuhook.Respo
 		a.runs.publish(n)
 	}
 	return answer
+}
+
+// untaken takes 0 back that certainly nobody heard: a packet that could not be sent was not received,
+// and CRIU takes a hook that ended without an answer for a veto. If the agent dies before that is on
+// disk, the 0 counts as given.
+func (a *Agent) untaken(n *run, stage criuhook.Stage) {
+	if !isLast(stage) || !n.rec.ZeroGiven || n.rec.Mode == modeNone || n.rec.Mode == "" {
+		return
+	}
+	given := n.rec.Answers[stage.Action]
+	n.rec.ZeroGiven, n.rec.Closed = false, true
+	n.rec.Answers[stage.Action] = a.refuse(stage, errors.New("the answer came too late: the hook was gone"))
+	if err := a.runs.save(n); err != nil {
+		n.rec.ZeroGiven, n.rec.Closed = true, false
+		n.rec.Answers[stage.Action] = given
+		a.log.Warn("an answer that nobody took counts as given", "run", n.key, "cause", err)
+	}
 }
 
 // refuse turns an error into an answer: a veto where there is one.
@@ -333,14 +215,20 @@ func (a *Agent) handle(ctx context.Context, n *run, req *hookRequest) (string, e
 	return "", nil
 }
 
-// noteInit remembers the tree's root.
+// noteInit remembers the tree's root, durably: should CRIU die from here on, and the agent with it, the
+// tree that is left half built is found by it.
 func (a *Agent) noteInit(n *run, req *hookRequest) error {
+	if n.rec.Mode == modeNone || n.rec.Mode == "" {
+		return nil
+	}
 	p, err := a.initOf(req)
 	if err != nil {
 		return err
 	}
-	n.rec.Init = task{p.PID, p.StartTime}
-	a.runs.publish(n)
+	if known := (task{p.PID, p.StartTime}); n.rec.Init != known {
+		n.rec.Init = known
+		return a.runs.save(n)
+	}
 	return nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"slices"
 	"time"
@@ -171,6 +172,12 @@ func (l *local) Identify(ctx context.Context, req *nsallocv1.IdentifyRequest) (*
 		}
 		return nil, err
 	}
+	switch {
+	case p.KernelThread:
+		p.Namespaces = a.host
+	case p.Ended:
+		return nil, &alloc.Error{Reason: alloc.ReasonProcessNotFound, Subject: fmt.Sprintf("process %d", p.PID), Msg: "it has ended and left its namespaces", Fix: "name a pid that runs"}
+	}
 	if err := a.numberProcess(ctx, p); err != nil {
 		return nil, err
 	}
@@ -186,7 +193,7 @@ func (l *local) Identify(ctx context.Context, req *nsallocv1.IdentifyRequest) (*
 		}
 		place, ok := a.book.find(t, k)
 		if !ok {
-			return nil, &alloc.Error{Reason: alloc.ReasonUnavailable, Msg: "the process belongs to a restore that is under way", Fix: "ask again when it is over", RetryAfter: time.Second}
+			return nil, &alloc.Error{Reason: alloc.ReasonUnavailable, Msg: "the process belongs to a restore that is under way, or has just changed its namespaces", Fix: "ask again", RetryAfter: time.Second}
 		}
 		if s := a.book.sandbox(place.sandbox); s != nil {
 			resp.Namespaces = append(resp.Namespaces, a.liveNamespace(s, place.binding, in))
@@ -206,25 +213,15 @@ func (a *Agent) numberProcess(ctx context.Context, p kernelns.Process) error {
 	if known {
 		return nil
 	}
-	procs, err := a.kernel.Sweep(ctx)
-	if err != nil {
-		return err
-	}
-	done, err := a.registrar.hold(ctx)
-	if err != nil {
-		return err
-	}
-	defer done()
-	if err := a.numberHost(ctx); err != nil {
-		return err
-	}
-	for _, g := range a.groups(leaveOut(procs, a.runs.building())) {
-		if slices.ContainsFunc(g.procs, func(q kernelns.Process) bool { return q.PID == p.PID && q.StartTime == p.StartTime }) {
-			_, err := a.numberTree(ctx, g.root, g.procs, false)
-			return err
+	return a.withNumberable(ctx, func(procs []kernelns.Process) error {
+		for _, g := range a.groups(procs) {
+			if slices.ContainsFunc(g.procs, func(q kernelns.Process) bool { return q.PID == p.PID && q.StartTime == p.StartTime }) {
+				_, err := a.numberTree(ctx, g.root, g.procs, false)
+				return err
+			}
 		}
-	}
-	return nil
+		return nil
+	})
 }
 
 // ListRuns reads the CRIU runs that are not forgotten.

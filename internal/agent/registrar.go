@@ -189,7 +189,9 @@ func (r *registrar) failed(err error) error {
 	}
 	reason := alloc.ReasonOf(err)
 	switch reason {
-	case alloc.ReasonUnavailable, alloc.ReasonRecovering, alloc.ReasonConflict, alloc.ReasonExhausted, alloc.ReasonTooLarge:
+	case alloc.ReasonUnavailable, alloc.ReasonRecovering, alloc.ReasonConflict, alloc.ReasonExhausted, alloc.ReasonTooLarge,
+		alloc.ReasonInvalid, alloc.ReasonNotConfirmed, alloc.ReasonClaimed, alloc.ReasonManifest, alloc.ReasonVoid, alloc.ReasonRefused,
+		alloc.ReasonCheckpointNotFound:
 		// Nothing was changed: what we know still holds.
 		return err
 	case alloc.ReasonStaleIncarnation:
@@ -207,7 +209,7 @@ func (r *registrar) failed(err error) error {
 	return err
 }
 
-// register commits one item that makes or changes a sandbox; by the holder.
+// register commits items that make or change sandboxes; by the holder.
 func (r *registrar) register(ctx context.Context, spend alloc.Ranges, items ...alloc.RegisterItem) ([]*alloc.Sandbox, error) {
 	out, left, err := r.a.pool.Register(ctx, alloc.RegisterCommand{Mutation: r.mutation(), Spend: spend, Items: items})
 	if err != nil {

@@ -138,8 +138,6 @@ func (a *Agent) postRestore(ctx context.Context, n *run, req *hookRequest) (stri
 		return "", nil
 	case n.rec.Closed:
 		return "", errors.New("this restore was refused before")
-	case n.rec.Mode == "":
-		return "", errors.New("this restore never came to pre-restore; install the hook for all of CRIU's actions")
 	}
 	dir := req.files[criuhook.FDImages]
 	if dir == nil {
@@ -148,6 +146,14 @@ func (a *Agent) postRestore(ctx context.Context, n *run, req *hookRequest) (stri
 	set, err := images.Read(dir)
 	if err != nil {
 		return "", err
+	}
+	if n.rec.Mode == "" {
+		// Either pre-restore never came here, or it did and nothing had to be remembered.
+		if _, _, err := readManifest(dir); errors.Is(err, os.ErrNotExist) && !set.Own() {
+			n.rec.Mode = modeNone
+			return "", nil
+		}
+		return "", errors.New("this restore never came to pre-restore; install the hook for all of CRIU's actions")
 	}
 	root, procs, err := a.treeOf(ctx, n, req)
 	if err != nil {
@@ -174,7 +180,9 @@ func (a *Agent) postRestore(ctx context.Context, n *run, req *hookRequest) (stri
 			manifest[images.ID{Type: ns.Type, CRIU: ns.CRIUID}] = ns
 		}
 	}
-	if err := a.watch(n, procs); err != nil {
+	// On disk before anything is committed: a binding is never one whose tree nobody remembers.
+	n.rec.Tasks = tasksIn(procs)
+	if err := a.runs.save(n); err != nil {
 		return "", err
 	}
 	if n.rec.Mode == modeOwn {
@@ -200,6 +208,8 @@ func (a *Agent) bind(ctx context.Context, n *run, root kernelns.Process, list []
 			return fmt.Errorf("namespace %s of the images is not in their manifest", ns.ID)
 		case known.Owner == criuhook.OwnerSandbox && hosts:
 			return fmt.Errorf("namespace %s was the tree's own on host %s and would be this host's here; restore with the options of the dump", ns.ID, n.rec.source(manifest))
+		case known.Owner == criuhook.OwnerSandbox && a.boundElsewhere(ns, n.rec.Sandbox):
+			return fmt.Errorf("namespace %s was the tree's own and is another sandbox's here; restore it into one of its own", ns.ID)
 		case known.Owner == criuhook.OwnerSandbox:
 			moved = append(moved, alloc.Binding{Serial: known.Serial, Type: ns.ID.Type, Kernel: ns.Kernel})
 		case !hosts && !a.isBound(ns):
@@ -212,27 +222,27 @@ func (a *Agent) bind(ctx context.Context, n *run, root kernelns.Process, list []
 		Mutation: a.registrar.mutation(), Sandbox: n.rec.Sandbox, Epoch: n.rec.Epoch, BootID: a.bootID(), Run: n.key,
 		Bindings: moved, Labels: labelsOf(root),
 	}
-	if len(fresh) > 0 {
-		spend, serials, err := a.registrar.take(ctx, len(fresh))
-		if err != nil {
-			return err
-		}
-		cmd.Spend = spend
-		for i, u := range fresh {
-			cmd.Fresh = append(cmd.Fresh, alloc.Binding{Serial: serials[i], Type: u.t, Kernel: u.k})
-		}
-	}
-	h, left, err := a.pool.Bind(ctx, cmd)
-	if err := a.registrar.moved(h, err); err != nil {
-		return err
-	}
-	a.registrar.spent(left)
-	return nil
+	return a.commitBind(ctx, cmd, fresh)
 }
 
 func (a *Agent) isBound(ns images.Namespace) bool {
 	_, ok := a.book.find(ns.ID.Type, ns.Kernel)
 	return ok
+}
+
+func (a *Agent) boundElsewhere(ns images.Namespace, sandbox alloc.Serial) bool {
+	p, ok := a.book.find(ns.ID.Type, ns.Kernel)
+	return ok && p.sandbox != sandbox
+}
+
+func tasksIn(procs []kernelns.Process) []task {
+	var list []task
+	for _, p := range procs {
+		if !p.Ended {
+			list = append(list, task{p.PID, p.StartTime})
+		}
+	}
+	return list
 }
 
 // source names the host that the images are from, for messages.
@@ -271,7 +281,7 @@ func (a *Agent) registerRestored(ctx context.Context, n *run, root kernelns.Proc
 		n.rec.Mode = modeNone
 		return nil
 	}
-	s, err := a.registerItem(ctx, item, add, parents)
+	s, err := a.registerOne(ctx, wish{item: item, add: add, parents: parents})
 	if err != nil {
 		return err
 	}

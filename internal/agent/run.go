@@ -4,14 +4,12 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/nsalloc/nsalloc/internal/kernelns"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
@@ -33,12 +31,14 @@ const (
 // runRecord is what the agent must remember of one CRIU process; it is on disk before anything that
 // rests on it is answered.
 type runRecord struct {
-	BootID    string         `json:"boot_id"`
-	CRIUPID   int            `json:"criu_pid"`
-	CRIUStart uint64         `json:"criu_start"`
-	Phase     criuhook.Phase `json:"phase"`
-	Mode      mode           `json:"mode,omitempty"`
-	Began     time.Time      `json:"began"`
+	BootID    string `json:"boot_id"`
+	CRIUPID   int    `json:"criu_pid"`
+	CRIUStart uint64 `json:"criu_start"`
+	// CRIUExe is the file that CRIU executes: a task that executes it too is not restored yet.
+	CRIUExe string         `json:"criu_exe,omitempty"`
+	Phase   criuhook.Phase `json:"phase"`
+	Mode    mode           `json:"mode,omitempty"`
+	Began   time.Time      `json:"began"`
 	// Answers are the verdicts given, by action: an action that comes again gets the same.
 	Answers map[criuhook.Action]criuhook.Response `json:"answers,omitempty"`
 	// Last is the last action that came.
@@ -77,41 +77,11 @@ type run struct {
 	// turn serializes the actions of the run and its settling; it can be waited for with a deadline.
 	turn chan struct{}
 	rec  runRecord // by whoever holds turn; a copy for readers is in runs.seen
-	// ranSince is when the tree was first seen running on after its CRIU had gone; by whoever holds turn.
-	ranSince time.Time
-	deaths   deaths
-}
-
-// deaths is the order in which a run's processes ended, as the kernel told it.
-type deaths struct {
-	mu        sync.Mutex
-	watched   bool // every task and CRIU are watched
-	left      int  // tasks that have not ended
-	criuGone  bool
-	leftThen  int  // left when CRIU ended
-	orderLost bool // somebody was over before we watched
-}
-
-// note adds one end. It reports whether there is something to settle now.
-func (d *deaths) note(criu, atAdd bool) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.orderLost = d.orderLost || atAdd
-	if criu {
-		d.criuGone, d.leftThen = true, d.left
-	} else {
-		d.left--
-	}
-	return d.criuGone || d.left == 0
-}
-
-// look gives what is known: whether the run is watched at all, CRIU gone, tasks left, and whether every
-// task was seen to end while CRIU lived.
-func (d *deaths) look() (watched, criuGone bool, left int, stoppedLive bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	stoppedLive = d.watched && !d.orderLost && d.left == 0 && (!d.criuGone || d.leftThen == 0)
-	return d.watched, d.criuGone, d.left, stoppedLive
+	// seen is what the tree was seen to be after its CRIU had gone, and since when; by whoever holds turn.
+	seen      fate
+	seenSince time.Time
+	deaths    deaths
+	trouble   string // why it was not settled the last time; by the one worker that settles it
 }
 
 // runs is every run that is not forgotten.
@@ -150,7 +120,9 @@ func (r *runs) get(pid int, start uint64, phase criuhook.Phase) *run {
 	if known := r.byKey[key]; known != nil {
 		return known
 	}
-	n := newRun(runRecord{BootID: r.a.bootID(), CRIUPID: pid, CRIUStart: start, Phase: phase, Began: time.Now().UTC()})
+	n := newRun(runRecord{
+		BootID: r.a.bootID(), CRIUPID: pid, CRIUStart: start, CRIUExe: fileID(fmt.Sprintf("/proc/%d/exe", pid)), Phase: phase, Began: time.Now().UTC(),
+	})
 	r.byKey[key] = n
 	r.seen[key] = n.rec
 	return n
@@ -254,20 +226,34 @@ func (r *runs) holds(s alloc.Serial) bool {
 	return false
 }
 
-// building lists the trees that restores are making: they have no serials yet and must not get any
-// from the sweep. CRIU's root task is its child, or, under a runtime that wants the tree for itself,
-// its sibling.
+// gaveZero reports whether 0 may have been answered to the dump that made a checkpoint: what no record
+// knows counts as given.
+func (r *runs) gaveZero(checkpoint alloc.Serial) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, rec := range r.seen {
+		if rec.Phase == criuhook.Dump && rec.Checkpoint == checkpoint {
+			return rec.ZeroGiven
+		}
+	}
+	return true
+}
+
+// building lists the trees that restores are making: they are not complete and must not get serials from
+// the sweep. CRIU's root task is its child, or, under a runtime that wants the tree for itself, its
+// sibling; once its number is known what else CRIU's parent starts is its own affair.
 func (r *runs) building() []tree {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var trees []tree
 	for _, rec := range r.seen {
-		if rec.Phase != criuhook.Restore || !rec.Over.IsZero() || rec.ZeroGiven && rec.Mode != modeNone || rec.BootID != r.a.bootID() {
+		if rec.Phase != criuhook.Restore || !rec.Over.IsZero() || rec.ZeroGiven || rec.BootID != r.a.bootID() {
 			continue
 		}
 		trees = append(trees, tree{pid: rec.CRIUPID, since: rec.CRIUStart})
 		if rec.Init.PID != 0 {
 			trees = append(trees, tree{pid: rec.Init.PID, since: rec.Init.Start})
+			continue
 		}
 		if p, err := r.a.kernel.Process(rec.CRIUPID); err == nil && p.StartTime == rec.CRIUStart && p.PPID > 1 {
 			trees = append(trees, tree{pid: p.PPID, since: rec.CRIUStart})
@@ -303,72 +289,4 @@ func (r *runs) forget() {
 		delete(r.seen, key)
 		r.mu.Unlock()
 	}
-}
-
-// watched is the label of a watched process.
-type watched struct {
-	run  *run
-	criu bool
-}
-
-// watch follows CRIU and, at the stage where the tree is complete, every task of it; by the holder of
-// the turn. From here on the kernel tells in which order they end.
-func (a *Agent) watch(n *run, tasks []kernelns.Process) error {
-	d := &n.deaths
-	d.mu.Lock()
-	defer d.mu.Unlock() // ends are noted after the last task was added
-	if d.watched {
-		return nil
-	}
-	add := func(pid int, start uint64, criu bool) error {
-		fd, err := a.kernel.OpenPID(pid, start)
-		if err != nil {
-			return err
-		}
-		defer fd.Close()
-		_, err = a.exits.Add(watched{run: n, criu: criu}, int(fd.Fd()))
-		return err
-	}
-	n.rec.Tasks = nil
-	for _, p := range tasks {
-		if p.Ended {
-			continue
-		}
-		if err := add(p.PID, p.StartTime, false); err != nil {
-			return fmt.Errorf("watch task %d (%s): %w", p.PID, p.Comm, err)
-		}
-		n.rec.Tasks = append(n.rec.Tasks, task{p.PID, p.StartTime})
-		d.left++
-	}
-	if err := add(n.rec.CRIUPID, n.rec.CRIUStart, true); err != nil {
-		return fmt.Errorf("watch CRIU %d: %w", n.rec.CRIUPID, err)
-	}
-	d.watched = true
-	return nil
-}
-
-// watchExits notes who ended, in the kernel's order, and has the run settled when its CRIU is gone.
-func (a *Agent) watchExits(ctx context.Context) error {
-	for {
-		exits, err := a.exits.Next(ctx)
-		if err != nil {
-			return err
-		}
-		for _, e := range exits {
-			if n := e.Label.run; n.deaths.note(e.Label.criu, e.AtAdd) {
-				go a.settleSoon(ctx, n)
-			}
-		}
-	}
-}
-
-// gone reports whether a process has ended; an error other than that it cannot be found counts as alive.
-func (a *Agent) gone(t task) bool {
-	fd, err := a.kernel.OpenPID(t.PID, t.Start)
-	if err != nil {
-		return os.IsNotExist(err) || isGone(err)
-	}
-	defer fd.Close()
-	over, err := kernelns.Exited(int(fd.Fd()))
-	return err == nil && over
 }

@@ -57,6 +57,10 @@ func openState(path, host string) (*stateDir, error) {
 		return nil, fmt.Errorf("state directory %s: another agent has it locked: %w; stop that one, or give this one a state directory of its own", path, err)
 	}
 	s := &stateDir{path: path, lock: lock}
+	if err := s.clean(); err != nil {
+		s.Close()
+		return nil, err
+	}
 	id, err := s.identity()
 	if err == nil && id.Host != host {
 		err = fmt.Errorf("state directory %s is of host %q, this agent is configured as %q; give each host a state directory of its own, or correct `host` in agent.yaml", path, id.Host, host)
@@ -69,6 +73,24 @@ func openState(path, host string) (*stateDir, error) {
 		return nil, err
 	}
 	return s, nil
+}
+
+// clean removes what a write that was cut off left behind.
+func (s *stateDir) clean() error {
+	for _, dir := range []string{s.path, filepath.Join(s.path, "runs")} {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return fmt.Errorf("state directory: %w", err)
+		}
+		for _, e := range entries {
+			if e.Type().IsRegular() && strings.HasPrefix(e.Name(), ".") {
+				if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+					return fmt.Errorf("state directory: %w", err)
+				}
+			}
+		}
+	}
+	return nil
 }
 
 // Close gives the directory to another agent.
@@ -96,7 +118,7 @@ func (s *stateDir) write(name string, v any) error {
 	}
 	path := filepath.Join(s.path, name)
 	data := fmt.Appendf(nil, "nsalloc-agent %d %x\n%s\n", stateFormat, sha256.Sum256(body), body)
-	if err := renameio.WriteFile(path, data, 0o600); err != nil {
+	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil {
 		return fmt.Errorf("state %s: %w; free or repair the disk, nothing was promised on what could not be written", path, err)
 	}
 	// The rename itself is durable only when the directory is.
@@ -134,6 +156,9 @@ func (s *stateDir) read(name string, v any) error {
 	if n, err := fmt.Sscanf(string(header), "nsalloc-agent %d %64s", &format, &sum); !ok || err != nil || n != 2 {
 		return s.broken(path, "its first line is not ours")
 	}
+	if format < 1 {
+		return s.broken(path, fmt.Sprintf("there is no format %d", format))
+	}
 	if format > stateFormat {
 		return fmt.Errorf("state %s: it has format %d, this agent reads up to %d; run the agent that wrote it, or a newer one", path, format, stateFormat)
 	}
@@ -147,9 +172,10 @@ func (s *stateDir) read(name string, v any) error {
 	return nil
 }
 
-// broken says what is wrong with a file that a crash cannot have left like that.
+// broken says what is wrong with a file that a crash cannot have left like that. Without its identity the
+// agent begins a new life; what it does not remember of a CRIU run counts as answered.
 func (s *stateDir) broken(path, what string) error {
-	return fmt.Errorf("state %s: %s; look at the disk, then move %s away: the agent starts a new life and finds its sandboxes in the pool again", path, what, s.path)
+	return fmt.Errorf("state %s: %s; no crash of the agent leaves it so: look at the disk, then move that file away and start the agent again: it finds its sandboxes in the pool", path, what)
 }
 
 func (s *stateDir) remove(name string) error {

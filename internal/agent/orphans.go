@@ -1,0 +1,99 @@
+package agent
+
+import (
+	"context"
+	"time"
+
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+)
+
+// orphanLoop deals with hand-offs of ours that no open run knows: the agent's disk was lost, or a claim
+// or a dump that had been given up got through late. What is not known counts as given: the tree may
+// have gone on.
+func (a *Agent) orphanLoop(ctx context.Context) error {
+	if err := a.waitJoined(ctx); err != nil {
+		return nil // ctx ended
+	}
+	t := time.NewTicker(settlePause)
+	defer t.Stop()
+	trouble := ""
+	for {
+		for _, s := range a.book.all() {
+			if s.State != alloc.StateDumped && s.State != alloc.StateClaimed || a.runs.holds(s.Serial) {
+				continue
+			}
+			try, cancel := context.WithTimeout(ctx, callTimeout)
+			err := a.settleOrphan(try, s.Serial)
+			cancel()
+			if err != nil && ctx.Err() == nil && err.Error() != trouble {
+				trouble = err.Error()
+				a.log.Warn("a hand-off that no run on disk knows is not settled yet", "sandbox", s.Serial, "cause", err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+	}
+}
+
+func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
+	done, err := a.registrar.hold(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	s := a.book.sandbox(serial)
+	if s == nil || a.runs.holds(serial) {
+		return nil
+	}
+	m := a.registrar.mutation()
+	switch s.State {
+	case alloc.StateDumped:
+		zero := a.runs.gaveZero(s.Checkpoint)
+		var h alloc.Handoff
+		if a.anyAlive(s) {
+			h, err = a.pool.Abort(ctx, alloc.AbortCommand{Mutation: m, Sandbox: s.Serial, Epoch: s.Epoch, Checkpoint: s.Checkpoint, ZeroGiven: zero})
+		} else {
+			evidence := alloc.InDoubt
+			if !zero {
+				evidence = alloc.NotGiven
+			}
+			h, err = a.pool.Confirm(ctx, alloc.ConfirmCommand{Mutation: m, Sandbox: s.Serial, Epoch: s.Epoch, Checkpoint: s.Checkpoint, Evidence: evidence})
+		}
+		err = a.registrar.moved(h, err)
+		a.orphanSettled(h, err)
+		return err
+	case alloc.StateClaimed:
+		pid, start, ok := parseRunKey(s.Claim.Run)
+		if ok && s.Claim.BootID == a.bootID() && !a.gone(task{pid, start}) {
+			return nil // its CRIU lives
+		}
+		h, err := a.pool.Release(ctx, alloc.ReleaseCommand{Mutation: m, Sandbox: s.Serial, Epoch: s.Epoch, BootID: s.Claim.BootID, Run: s.Claim.Run})
+		err = a.registrar.moved(h, err)
+		a.orphanSettled(h, err)
+		return err
+	}
+	return nil
+}
+
+func (a *Agent) orphanSettled(h alloc.Handoff, err error) {
+	if err == nil {
+		a.log.Warn("a hand-off that no open run knows was settled", "sandbox", h.Sandbox.Serial, "state", h.Sandbox.State, "images", h.Checkpoint.State)
+		a.sweepSoon()
+	}
+}
+
+// anyAlive reports whether a namespace of the sandbox still is there, or may be.
+func (a *Agent) anyAlive(s *alloc.Sandbox) bool {
+	for _, b := range s.Bindings {
+		if !b.Live() || b.Kernel.BootID != a.bootID() {
+			continue
+		}
+		if alive, err := a.kernel.Alive(b.Type, b.Kernel); alive || err != nil {
+			return true
+		}
+	}
+	return false
+}
