@@ -52,7 +52,8 @@ test: ## the one test command: install what is missing, lint, and run every test
 	printf '\n=== durations\n%s' "$$report"
 	test -z "$$failed" || { echo "FAILED:$$failed"; exit 1; }
 
-demo: deps build ## build, then move a container between two hosts and watch its serials
+# Not deps: the demo needs no compiler, and installs debootstrap itself when it has to make its hosts' Debian.
+demo: build ## build, then move a container between two hosts and watch its serials (as root)
 	bin/nsalloc demo
 
 # With CI=true whatever cannot be had is a failure; else what needs it is skipped by name.

@@ -14,12 +14,15 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/nsalloc/nsalloc/internal/testhost"
 )
 
 // version is set by the build.
 var version = "dev"
 
 func main() {
+	testhost.Main() // the demo's hosts are this binary, executed again
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 	stop()

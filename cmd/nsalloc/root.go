@@ -110,7 +110,7 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 conflict, 5 unavailable.`,
 	}
 	add("daily", c.psCommand(), c.whoCommand(), c.checkCommand(), c.doctorCommand())
 	add("pool", c.sandboxCommand(), c.serialCommand(), c.checkpointCommand(), c.hostCommand(), c.poolCommand())
-	add("setup", c.devCommand(), c.hookCommand())
+	add("setup", c.demoCommand(), c.devCommand(), c.hookCommand())
 	root.AddCommand(c.versionCommand())
 	return root
 }
