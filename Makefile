@@ -22,8 +22,8 @@ export GOFLAGS := $(GOFLAGS) -buildvcs=false
 PHASES := deps build lint check-generated unit store e2e
 STORE  := $(addsuffix /...,$(wildcard ./internal/etcd*))
 
-# command:package; e2e builds its hosts' root file systems with debootstrap.
-NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables debootstrap:debootstrap
+# command:package. What the test hosts need, internal/testhost installs by itself.
+NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables
 
 .PHONY: help build test demo deps lint generate check-generated unit store e2e clean
 .PHONY: $(COMMANDS)
