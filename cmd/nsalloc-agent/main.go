@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"strings"
 	"syscall"
 
@@ -23,6 +24,10 @@ import (
 
 // version is set by the linker.
 var version = "dev"
+
+// The first thread's namespaces are what /proc shows of the whole process. What tries the kernel out
+// gives namespaces of its own to a thread that ends with it; it must not be this one.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
