@@ -130,8 +130,11 @@ func (s *Service) Grant(ctx context.Context, cmd GrantCommand) (Ranges, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.counter.Lock()
-	defer s.counter.Unlock()
+	release, err := s.holdCounter(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	var granted Ranges
 	counterKey := Key{Kind: KindCounter}
 	keys := func() ([]Key, error) { return []Key{counterKey}, nil }

@@ -114,9 +114,6 @@ func (s *Service) drain() {
 func (s *Service) issue(batch []*allocation) {
 	ctx, cancel := context.WithTimeout(context.Background(), issueTimeout)
 	defer cancel()
-	s.counter.Lock()
-	defer s.counter.Unlock()
-
 	open := make(map[string]*allocation, len(batch))
 	followers := map[string][]*allocation{} // the same id twice in one batch: one effect, the same answer
 	var order []*allocation
@@ -139,7 +136,11 @@ func (s *Service) issue(batch []*allocation) {
 			f.answer(slices.Clone(r), err)
 		}
 	}
-	err := s.issueTries(ctx, order, open, answer)
+	release, err := s.holdCounter(ctx)
+	if err == nil {
+		err = s.issueTries(ctx, order, open, answer)
+		release()
+	}
 	for _, a := range order {
 		if open[a.cmd.RequestID] != nil {
 			answer(a, nil, err)

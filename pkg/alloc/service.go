@@ -15,7 +15,7 @@ type Service struct {
 	store Store
 	now   func() time.Time
 
-	counter sync.Mutex // held by whoever moves the pool's counter: callers in one process never race on that key
+	counter chan struct{} // one slot, held by whoever moves the pool's counter: callers in one process never race on that key
 
 	mu      sync.Mutex
 	queue   []*allocation // guarded by mu
@@ -28,7 +28,7 @@ func NewService(store Store, now func() time.Time) *Service {
 	if now == nil {
 		now = time.Now
 	}
-	return &Service{store: store, now: func() time.Time { return now().UTC().Round(0) }}
+	return &Service{store: store, counter: make(chan struct{}, 1), now: func() time.Time { return now().UTC().Round(0) }}
 }
 
 // Mutation is what every change by a host carries.
@@ -42,6 +42,17 @@ type Mutation struct {
 }
 
 func (m Mutation) actor() string { return "host/" + m.Host }
+
+// holdCounter waits for the counter's turn, as long as ctx lasts.
+func (s *Service) holdCounter(ctx context.Context) (release func(), err error) {
+	select {
+	case s.counter <- struct{}{}:
+		return func() { <-s.counter }, nil
+	case <-ctx.Done():
+		return nil, &Error{Reason: ReasonUnavailable, Msg: "the deadline passed while others took serials; nothing was issued",
+			Fix: "try again", RetryAfter: retrySoon, Err: context.Cause(ctx)}
+	}
+}
 
 // InitPool creates the pool in an empty store, in generation 1 with the given policy. It refuses with
 // ErrPoolExists where a pool is: an empty store is never taken for a new pool by any other call. It
