@@ -89,7 +89,7 @@ const (
 	overClaimFenced = "claim fenced"
 )
 
-// Dumped: a dump of the owner's has complete images, the tree is frozen.
+// Dumped says that a dump of the owner's has complete images and the tree is frozen.
 type Dumped struct {
 	Host       string
 	Epoch      Epoch
@@ -125,7 +125,7 @@ func (e Dumped) next(h *Handoff, at Moment) error {
 	return nil
 }
 
-// Stopped: the dumped tree was seen dead.
+// Stopped says that the dumped tree was seen dead.
 type Stopped struct {
 	Host       string
 	Epoch      Epoch
@@ -166,7 +166,7 @@ func (e Stopped) next(h *Handoff, at Moment) error {
 	return nil
 }
 
-// RanOn: after its CRIU had gone the dumped tree was seen alive.
+// RanOn says that after its CRIU had gone the dumped tree was seen alive.
 type RanOn struct {
 	Host       string
 	Epoch      Epoch
@@ -196,7 +196,7 @@ func (e RanOn) next(h *Handoff, _ Moment) error {
 	return nil
 }
 
-// Claimed: a restore wants to take the sandbox over. Admit says before whether it may.
+// Claimed says that a restore wants to take the sandbox over. Admit tells before whether it may.
 type Claimed struct {
 	Claimant   Claimant
 	Checkpoint Serial
@@ -222,7 +222,7 @@ func (e Claimed) next(h *Handoff, at Moment) error {
 	return nil
 }
 
-// Bound: the claimed tree stands with its final namespaces.
+// Bound says that the claimed tree stands with its final namespaces.
 type Bound struct {
 	Claimant Claimant
 	Epoch    Epoch
@@ -253,7 +253,7 @@ func (e Bound) next(h *Handoff, at Moment) error {
 	return nil
 }
 
-// Released: the restore came to nothing; nothing of its tree ever ran, and it is gone.
+// Released says that the restore came to nothing: nothing of its tree ever ran, and it is gone.
 type Released struct {
 	Claimant Claimant
 	Epoch    Epoch
@@ -290,7 +290,7 @@ func (h *Handoff) giveBack(over string, now time.Time) {
 	s.closeStint(over, now)
 }
 
-// Over: the processes of a running sandbox were seen gone.
+// Over says that the processes of a running sandbox were seen gone.
 type Over struct {
 	Host  string
 	Epoch Epoch
@@ -312,7 +312,7 @@ func (e Over) next(h *Handoff, at Moment) error {
 	return nil
 }
 
-// Fenced: the owner host is given up.
+// Fenced says that the owner host is given up.
 type Fenced struct{ Host string }
 
 func (e Fenced) next(h *Handoff, at Moment) error {

@@ -12,7 +12,48 @@ import (
 )
 
 func TestService(t *testing.T) {
-	alloctest.TestService(t, func(t *testing.T) alloc.Store { return share(t, memstore.New()) })
+	alloctest.TestService(t, func(t *testing.T) alloc.Store { return guarded{share(t, memstore.New()), t} })
+}
+
+// guarded holds every transaction of the use cases against the rule that makes retries safe: what is
+// written was read before and is compared, and so are the pool, and both records of a hand-off when one
+// of them changes. Several guards often exclude the same; the rule does not rest on which.
+type guarded struct {
+	alloc.Store
+	t *testing.T
+}
+
+func (g guarded) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error) {
+	compares := map[alloc.Key]bool{}
+	for _, x := range tx.Guards {
+		compares[x.Key] = true
+	}
+	need := func(k alloc.Key, why string) {
+		if !compares[k] {
+			g.t.Errorf("a transaction does not compare %s, %s; it compares %v", k, why, compares)
+		}
+	}
+	for _, rec := range tx.Put {
+		if len(tx.Guards) == 0 {
+			break // a test that writes by itself
+		}
+		switch r := rec.(type) {
+		case *alloc.OldStint: // moves with its sandbox
+			need(alloc.SandboxKey(r.Sandbox), "whose stint it moves")
+			continue
+		case *alloc.Sandbox:
+			if r.Checkpoint != 0 && r.State != alloc.StateRunning { // Register changes what runs without its images
+				need(alloc.CheckpointKey(r.Checkpoint), "the current one of what it writes")
+			}
+		case *alloc.Checkpoint:
+			need(alloc.SandboxKey(r.Sandbox), "whose checkpoint it writes")
+		}
+		need(rec.Key(), "which it writes")
+		if q, ok := rec.(*alloc.Request); !ok || len(q.Ranges) > 0 { // not what a sweep leaves
+			need(alloc.Key{Kind: alloc.KindPool}, "which must be open")
+		}
+	}
+	return g.Store.Commit(ctx, tx)
 }
 
 // sharing hands out the same records again and again, as a cache does. Whoever changes what it read

@@ -77,15 +77,6 @@ func (p *Pool) sandbox(t testing.TB, s alloc.Serial) *alloc.Sandbox {
 	return sb
 }
 
-func (p *Pool) checkpoint(t testing.TB, s alloc.Serial) *alloc.Checkpoint {
-	t.Helper()
-	c, ok := get(t, p.Store, alloc.CheckpointKey(s))[0].Record.(*alloc.Checkpoint)
-	if !ok {
-		t.Fatalf("checkpoint %s is not there", s)
-	}
-	return c
-}
-
 // put writes a record over what is there: what an operator, a restore or a newer version did.
 func (p *Pool) put(t testing.TB, recs ...alloc.Record) {
 	t.Helper()
