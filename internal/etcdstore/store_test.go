@@ -137,6 +137,11 @@ func TestStore(t *testing.T) {
 	alloctest.TestStore(t, func(t *testing.T) alloc.Store { return newStore(t, shared.Endpoint()) })
 }
 
+// TestService runs the use cases of a pool against a real etcd, as pkg/alloc does against memory.
+func TestService(t *testing.T) {
+	alloctest.TestService(t, func(t *testing.T) alloc.Store { return newStore(t, shared.Endpoint()) })
+}
+
 func TestPoolsAreApart(t *testing.T) {
 	c := dial(t, Config{Endpoints: []string{shared.Endpoint()}})
 	names := []string{"apart", "apart-b", "apart.b", "apart0"}

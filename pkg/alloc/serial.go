@@ -72,7 +72,8 @@ func (s *Serial) UnmarshalText(text []byte) error {
 }
 
 // ParseSerial reads a serial as a person writes it, in hex: 16 digits; GEN:COUNTER; or a bare
-// counter of generation current, with 15 digits at most. Upper-case digits are taken.
+// counter of generation current, with 12 digits at most, so that a full serial that lost a digit is not
+// read as another one. Upper-case digits are taken.
 func ParseSerial(text string, current Generation) (Serial, error) {
 	bad := func(why string) (Serial, error) {
 		return 0, invalid("serial", fmt.Sprintf("%.80q %s; write 16 hex digits, GEN:COUNTER, or a counter of the current generation, all in hex", text, why))
@@ -94,7 +95,7 @@ func ParseSerial(text string, current Generation) (Serial, error) {
 		}
 		return Serial(v), nil
 	}
-	c, err := parseHex(counter, 15)
+	c, err := parseHex(counter, 12)
 	if err != nil {
 		return bad("is not hex, or too long")
 	}

@@ -19,11 +19,11 @@ func TestParseSerial(t *testing.T) {
 		"7FFFffffFFFFffff":     1<<63 - 1,
 		"0001000000000001":     1<<48 | 1,
 		"1:7":                  1<<48 | 7,
-		"0001:000000000000007": 1<<48 | 7,
+		"0001:000000000007": 1<<48 | 7,
 		"7fff:ffffffffffff":    1<<63 - 1,
 		"7":                    3<<48 | 7,
 		"ffffffffffff":         3<<48 | (1<<48 - 1),
-		"00000000000000f":      3<<48 | 15,
+		"00000000000f":      3<<48 | 15,
 	} {
 		if got, err := alloc.ParseSerial(text, 3); err != nil || got != want {
 			t.Errorf("%q is %s, %v; want %s", text, got, err, want)
