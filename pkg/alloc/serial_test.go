@@ -14,15 +14,15 @@ import (
 
 func TestParseSerial(t *testing.T) {
 	for text, want := range map[string]alloc.Serial{
-		"0001000000000007":     1<<48 | 7,
-		"7fffffffffffffff":     1<<63 - 1,
-		"7FFFffffFFFFffff":     1<<63 - 1,
-		"0001000000000001":     1<<48 | 1,
-		"1:7":                  1<<48 | 7,
+		"0001000000000007":  1<<48 | 7,
+		"7fffffffffffffff":  1<<63 - 1,
+		"7FFFffffFFFFffff":  1<<63 - 1,
+		"0001000000000001":  1<<48 | 1,
+		"1:7":               1<<48 | 7,
 		"0001:000000000007": 1<<48 | 7,
-		"7fff:ffffffffffff":    1<<63 - 1,
-		"7":                    3<<48 | 7,
-		"ffffffffffff":         3<<48 | (1<<48 - 1),
+		"7fff:ffffffffffff": 1<<63 - 1,
+		"7":                 3<<48 | 7,
+		"ffffffffffff":      3<<48 | (1<<48 - 1),
 		"00000000000f":      3<<48 | 15,
 	} {
 		if got, err := alloc.ParseSerial(text, 3); err != nil || got != want {
