@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
@@ -81,7 +82,8 @@ type run struct {
 	seen      fate
 	seenSince time.Time
 	deaths    deaths
-	trouble   string // why it was not settled the last time; by the one worker that settles it
+	again     atomic.Bool // it is going to be looked at again
+	trouble   string      // why it was not settled the last time; by the one worker that settles it
 }
 
 // runs is every run that is not forgotten.

@@ -192,11 +192,13 @@ func (a *Agent) settleRestore(ctx context.Context, n *run, criuGone, treeGone bo
 		switch a.fateOf(n, tasks) {
 		case parked:
 			if a.twice(n, parked) {
+				a.lookAgain(n)
 				err = a.killParked(n, tasks)
 			}
 			return "", err // settled when it is seen dead
 		case unclear:
 			n.seen = unclear
+			a.lookAgain(n)
 			return "", nil
 		}
 		if !n.rec.ZeroGiven && n.rec.Mode == modeOwn {

@@ -75,6 +75,9 @@ func (a *Agent) settleLoop(ctx context.Context) error {
 	defer workers.Wait()
 	t := time.NewTicker(settlePause)
 	defer t.Stop()
+	for _, n := range a.runs.open() {
+		a.settleAsk(n) // those of an earlier life
+	}
 	for {
 		for _, n := range a.settling.take() {
 			workers.Go(func() {
@@ -115,8 +118,18 @@ func (a *Agent) settleOne(ctx context.Context, n *run) {
 func (a *Agent) twice(n *run, seen fate) bool {
 	if n.seen != seen {
 		n.seen, n.seenSince = seen, time.Now()
-		time.AfterFunc(secondLook, func() { a.settleAsk(n) })
+		a.lookAgain(n)
 		return false
 	}
 	return time.Since(n.seenSince) >= secondLook
+}
+
+// lookAgain has a run looked at once more in a moment, sooner than the loop comes by.
+func (a *Agent) lookAgain(n *run) {
+	if !n.again.Swap(true) {
+		time.AfterFunc(secondLook, func() {
+			n.again.Store(false)
+			a.settleAsk(n)
+		})
+	}
 }

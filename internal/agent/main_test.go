@@ -1,0 +1,233 @@
+package agent
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/nsalloc/nsalloc/pkg/criuhook"
+)
+
+// The tests work on real namespaces of real processes. So that an agent under test sees no other
+// processes than the test's, the test binary runs itself again as PID 1 of a PID namespace, which then
+// is "the host". Other processes are this binary once more, in a role that the environment names.
+const roleVar = "AGENT_TEST_ROLE"
+
+// In init, because only that is sure to run on the process's first thread, whose namespaces are those
+// that /proc shows.
+func init() {
+	// Nor may a goroutine that changes its thread's namespaces find itself on the first one.
+	runtime.LockOSThread()
+	if os.Getenv(roleVar) != "unsharer" {
+		return
+	}
+	in := bufio.NewScanner(os.Stdin)
+	for in.Scan() {
+		var err error
+		switch line := in.Text(); line {
+		case "uts":
+			err = unix.Unshare(unix.CLONE_NEWUTS)
+		case "mnt":
+			err = unix.Unshare(unix.CLONE_NEWNS)
+		default: // what it calls itself
+			err = os.WriteFile("/proc/self/comm", []byte(line), 0)
+		}
+		fmt.Println(err == nil)
+	}
+	os.Exit(0)
+}
+
+func TestMain(m *testing.M) {
+	switch role := os.Getenv(roleVar); role {
+	case "criu":
+		fakeCRIU()
+	case "hook":
+		fakeHook()
+	case "parked": // a task that executes CRIU's own program
+		_, _ = bufio.NewReader(os.Stdin).ReadByte()
+		select {}
+	case "inner":
+		os.Exit(inner(m))
+	default:
+		os.Exit(outer(m))
+	}
+}
+
+// outer runs the tests in namespaces of their own; without root those that need none.
+func outer(m *testing.M) int {
+	if os.Geteuid() != 0 {
+		return m.Run()
+	}
+	c := exec.Command("/proc/self/exe", os.Args[1:]...)
+	c.Env = append(os.Environ(), roleVar+"=inner")
+	c.Stdout, c.Stderr = os.Stdout, os.Stderr
+	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	err := c.Run() // the signal comes when this thread ends: it is locked
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &exit) && exit.ExitCode() > 0:
+		return exit.ExitCode()
+	}
+	fmt.Fprintln(os.Stderr, "the tests' namespaces:", err)
+	return 1
+}
+
+func inner(m *testing.M) int {
+	os.Unsetenv(roleVar)
+	os.Setenv("GORACE", "atexit_sleep_ms=0") // the race detector makes every process of ours wait a second
+	err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+	if err == nil {
+		err = unix.Mount("proc", "/proc", "proc", 0, "")
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "mount /proc:", err)
+		return 1
+	}
+	code := m.Run()
+	if err := goleak.Find(); err != nil && code == 0 {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return code
+}
+
+// needHost leaves a test out where there is no host of its own; in CI every test must run.
+func needHost(t *testing.T) {
+	t.Helper()
+	if os.Getpid() == 1 {
+		return
+	}
+	if os.Getenv("CI") == "true" {
+		t.Fatal("makes namespaces, for which it must be root; in CI this must work")
+	}
+	t.Skip("makes namespaces, for which it must be root")
+}
+
+// order is one line to the process that stands in for CRIU.
+type order struct {
+	// Tree is the clone flags of a task to make; Parked one that executes CRIU's program.
+	Tree   uintptr `json:",omitempty"`
+	Parked bool    `json:",omitempty"`
+	// Action is to be brought by a hook, with what Without does not name.
+	Action  criuhook.Action `json:",omitempty"`
+	Images  string          `json:",omitempty"`
+	Init    int             `json:",omitempty"`
+	Without []string        `json:",omitempty"`
+	// Claims names another CRIU than the hook's parent.
+	Claims int    `json:",omitempty"`
+	Socket string `json:",omitempty"`
+}
+
+// said is the answer to an order.
+type said struct {
+	PID     int
+	Verdict criuhook.Verdict
+	Message string
+	Err     string
+}
+
+// fakeCRIU does what it is told, until its input ends.
+func fakeCRIU() {
+	in := bufio.NewScanner(os.Stdin)
+	for in.Scan() {
+		var o order
+		if err := json.Unmarshal(in.Bytes(), &o); err != nil {
+			os.Exit(1)
+		}
+		var s said
+		if o.Action == "" {
+			s = makeTree(o)
+		} else {
+			s = runHook(in.Bytes())
+		}
+		b, _ := json.Marshal(s)
+		fmt.Println(string(b))
+	}
+	os.Exit(0)
+}
+
+func makeTree(o order) said {
+	c := exec.Command("sleep", "3600")
+	if o.Parked {
+		c = exec.Command("/proc/self/exe")
+		c.Env = append(os.Environ(), roleVar+"=parked")
+	}
+	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: o.Tree}
+	if err := c.Start(); err != nil {
+		return said{Err: err.Error()}
+	}
+	go func() { _ = c.Wait() }() // CRIU reaps what it kills
+	return said{PID: c.Process.Pid}
+}
+
+func runHook(line []byte) said {
+	c := exec.Command("/proc/self/exe")
+	c.Env = append(os.Environ(), roleVar+"=hook", "ORDER="+string(line))
+	c.Stderr = os.Stderr
+	out, err := c.Output()
+	var s said
+	if err == nil {
+		err = json.Unmarshal(out, &s)
+	}
+	if err != nil {
+		s.Err = err.Error()
+	}
+	return s
+}
+
+// fakeHook is nsalloc-hook on another socket.
+func fakeHook() {
+	var o order
+	if err := json.Unmarshal([]byte(os.Getenv("ORDER")), &o); err != nil {
+		os.Exit(1)
+	}
+	r := criuhook.Request{Action: o.Action, Caller: criuhook.Script, CRIUPID: os.Getppid(), InitPID: o.Init}
+	if o.Claims != 0 {
+		r.CRIUPID = o.Claims
+	}
+	r.ImageDir = fmt.Sprintf("/proc/%d/fd/7", r.CRIUPID)
+	var fds []criuhook.Descriptor
+	add := func(name string, fd int, err error) {
+		for _, w := range o.Without {
+			if w == name {
+				return
+			}
+		}
+		if err == nil {
+			fds = append(fds, criuhook.Descriptor{Name: name, FD: fd})
+		}
+	}
+	fd, err := unix.PidfdOpen(r.CRIUPID, 0)
+	add(criuhook.FDCRIU, fd, err)
+	if o.Init != 0 {
+		fd, err = unix.PidfdOpen(o.Init, 0)
+		add(criuhook.FDInit, fd, err)
+	}
+	if o.Images != "" {
+		fd, err = unix.Open(o.Images, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+		add(criuhook.FDImages, fd, err)
+	}
+	var s said
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	answer, err := criuhook.Ask(ctx, o.Socket, r, fds...)
+	s.Verdict, s.Message = answer.Verdict, answer.Message
+	if err != nil {
+		s.Err = err.Error()
+	}
+	_ = json.NewEncoder(os.Stdout).Encode(s)
+	os.Exit(0)
+}
