@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
@@ -28,6 +29,8 @@ func listenLocal(path string) (*net.UnixListener, error) { return listenUnix("un
 // serveLocal serves nsalloc.v1.Agent.
 func (a *Agent) serveLocal(ctx context.Context, l *net.UnixListener) error {
 	s := grpc.NewServer(
+		// Clients of ours ping idle connections every 10 s (pkg/client).
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.Creds(rootOnly{}), grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(64), grpc.ConnectionTimeout(5*time.Second),
 		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
 			resp, err := h(ctx, req)

@@ -97,8 +97,6 @@ func (p *testPool) call(ctx context.Context, method string, do func(id string) e
 		}
 		return memstore.Fault{}
 	})
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	err := once(client.NewRequestID())
 	p.store.SetFaults(nil)
 	return err

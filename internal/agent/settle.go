@@ -202,6 +202,9 @@ func (a *Agent) settleRestore(ctx context.Context, n *run, criuGone, treeGone bo
 			return "", nil
 		}
 		if !n.rec.ZeroGiven && n.rec.Mode == modeOwn {
+			if !a.twice(n, goesOn) {
+				return "", nil // killed perhaps, in the moment in which nothing shows it
+			}
 			return a.ranUnasked(ctx, n)
 		}
 	}
