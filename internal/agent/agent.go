@@ -12,7 +12,7 @@
 //
 // Everything that spends serials goes through one registrar (registrar.go), so that two parts of
 // the agent never number one namespace twice. Hook actions of one CRIU run are handled one after the
-// other; different runs do not wait for each other.
+// other; different runs wait for each other only there, one call to the pool at a time.
 //
 // # What happens when it dies
 //

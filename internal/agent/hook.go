@@ -146,8 +146,14 @@ func (a *Agent) refuse(stage criuhook.Stage, err error) criuhook.Response {
 // re-parented, came late: nobody waits for its answer, and nothing is done or watched through it.
 func (a *Agent) runOf(req *hookRequest, stage criuhook.Stage) (*run, error) {
 	pidfd := req.files[criuhook.FDCRIU]
-	if pidfd == nil {
-		return nil, errors.New("hook request: the descriptor of CRIU is missing; install nsalloc-hook and nsalloc-agent of one release")
+	switch {
+	case pidfd != nil:
+	case req.ParentUnseen:
+		// CRIU runs its scripts inside a PID namespace that it was told to join (CRIU 4.1.1): nothing that the
+		// hook sees names the processes that we watch.
+		return nil, errors.New("the tree is restored into a PID namespace given from outside (--external pid), which this release does not follow; restore it with a PID namespace of its own")
+	default:
+		return nil, fmt.Errorf("the hook came late, or through another program: its parent %d is not the CRIU process whose images %s are; let CRIU execute nsalloc-hook itself", req.CRIUPID, req.ImageDir)
 	}
 	pid, err := a.kernel.PIDOf(int(pidfd.Fd()))
 	if err != nil {

@@ -70,12 +70,45 @@ func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
 		if ok && s.Claim.BootID == a.bootID() && !a.gone(task{pid, start}) {
 			return nil // its CRIU lives
 		}
+		if s.Claim.BootID == a.bootID() {
+			left, err := a.endHalfBuilt(ctx, start)
+			if err != nil || left {
+				return err // given back when nothing of it is left
+			}
+		}
 		h, err := a.pool.Release(ctx, alloc.ReleaseCommand{Mutation: m, Sandbox: s.Serial, Epoch: s.Epoch, BootID: s.Claim.BootID, Run: s.Claim.Run})
 		err = a.registrar.moved(h, err)
 		a.orphanSettled(h, err)
 		return err
 	}
 	return nil
+}
+
+// endHalfBuilt ends what a restore that nobody remembers has left in CRIU's restorer: trees that no run
+// we know is building, begun since that restore's CRIU was. It reports whether anything may be left.
+func (a *Agent) endHalfBuilt(ctx context.Context, since uint64) (left bool, err error) {
+	procs, err := a.kernel.Sweep(ctx)
+	if err != nil {
+		return true, err
+	}
+	for _, p := range leaveOut(procs, a.runs.building()) {
+		t := task{p.PID, p.StartTime}
+		if p.StartTime < since || p.Ended || !a.ownsNamespace(p) || isDying(t) {
+			continue
+		}
+		switch halfBuilt(t, "") {
+		case goesOn:
+		case unclear:
+			left = true
+		case parked:
+			left = true
+			a.log.Warn("a restore that no run on disk knows left a task that never ran; ending it", "pid", p.PID, "command", p.Comm)
+			if err := a.kill(t); err != nil {
+				return true, err
+			}
+		}
+	}
+	return left, nil
 }
 
 func (a *Agent) orphanSettled(h alloc.Handoff, err error) {

@@ -50,7 +50,7 @@ func (a *Agent) preRestore(ctx context.Context, n *run, req *hookRequest) (strin
 // claim asks the pool, and waits, bounded, where another host has not finished its part.
 func (a *Agent) claim(ctx context.Context, n *run, m *criuhook.Manifest, digest alloc.Digest) (string, error) {
 	// On disk before the claim: a claim that is committed is never one that nobody remembers.
-	n.rec.Mode, n.rec.Sandbox, n.rec.Checkpoint = modeOwn, m.Sandbox, m.Checkpoint
+	n.rec.Mode, n.rec.Sandbox, n.rec.Checkpoint, n.rec.Manifest = modeOwn, m.Sandbox, m.Checkpoint, digest
 	if err := a.runs.save(n); err != nil {
 		return "", err
 	}
@@ -169,12 +169,13 @@ func (a *Agent) postRestore(ctx context.Context, n *run, req *hookRequest) (stri
 	}
 	manifest := map[images.ID]criuhook.ManifestNamespace{}
 	if n.rec.Mode != modeAdopt {
-		m, _, err := readManifest(dir)
+		m, digest, err := readManifest(dir)
 		if err != nil {
 			return "", err
 		}
-		if m.Checkpoint != n.rec.Checkpoint || m.Images != set.Digest {
-			return "", errors.New("the images were changed between pre-restore and post-restore")
+		// Byte for byte the manifest that the pool compared: what is in it decides which serial is whose.
+		if digest != n.rec.Manifest || m.Images != set.Digest {
+			return "", fmt.Errorf("%s or the images were changed between pre-restore and post-restore; copy the image directory again", criuhook.ManifestName)
 		}
 		for _, ns := range m.Namespaces {
 			manifest[images.ID{Type: ns.Type, CRIU: ns.CRIUID}] = ns

@@ -48,6 +48,8 @@ type runRecord struct {
 	Sandbox    alloc.Serial `json:"sandbox,omitempty"`
 	Epoch      alloc.Epoch  `json:"epoch,omitempty"`
 	Checkpoint alloc.Serial `json:"checkpoint,omitempty"`
+	// Manifest is the digest of the manifest that a restore was decided on.
+	Manifest alloc.Digest `json:"manifest,omitzero"`
 	// ZeroGiven: 0 was, or is about to be, answered at the last stage that can veto. Written before the
 	// answer leaves, so a crash in between counts as given.
 	ZeroGiven bool `json:"zero_given,omitempty"`

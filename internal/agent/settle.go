@@ -92,6 +92,12 @@ func (a *Agent) settleDump(ctx context.Context, n *run, criuGone, treeGone bool)
 		// it may still be on its way; its loser is found out by the guard on the host's ranges.
 		return a.burnCheckpoint(ctx, n)
 	}
+	if s.State != alloc.StateDumped {
+		// Told before, by an agent that died before it had written so: what was seen then stands, and what
+		// is seen now is no evidence of the dump any more.
+		a.registrar.stale.Store(true)
+		return fmt.Sprintf("settled before: the sandbox is %s, the images are %s", s.State, c.State), nil
+	}
 	evidence := a.evidence(n)
 	if treeGone && evidence != alloc.SeenStopped {
 		// It may have gone on, and have left others behind when it died.
@@ -255,15 +261,25 @@ func (a *Agent) killParked(n *run, tasks []task) error {
 	}
 	a.log.Warn("CRIU is gone and left a tree that never ran; ending it", "run", n.key, "tasks", len(tasks))
 	for _, t := range tasks {
-		fd, err := a.kernel.OpenPID(t.PID, t.Start)
-		if err != nil {
-			continue // it is gone
+		if err := a.kill(t); err != nil {
+			return err
 		}
-		err = unix.PidfdSendSignal(int(fd.Fd()), unix.SIGKILL, nil, 0)
-		fd.Close()
-		if err != nil && !errors.Is(err, unix.ESRCH) {
-			return fmt.Errorf("end parked task %d: %w", t.PID, err)
+	}
+	return nil
+}
+
+// kill ends one task, by a pidfd that was proven to be it.
+func (a *Agent) kill(t task) error {
+	fd, err := a.kernel.OpenPID(t.PID, t.Start)
+	if err != nil {
+		if isGone(err) {
+			return nil
 		}
+		return err
+	}
+	defer fd.Close()
+	if err := unix.PidfdSendSignal(int(fd.Fd()), unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("end parked task %d: %w", t.PID, err)
 	}
 	return nil
 }
