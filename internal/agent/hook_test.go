@@ -152,12 +152,12 @@ func TestGarbage(t *testing.T) {
 	}
 	big := append(valid, make([]byte, criuhook.MaxMessage)...)
 	for reason, packet := range map[string][]byte{
-		"not the JSON":        []byte("hello"),
-		"version 99":          []byte(`{"version":99}`),
-		"larger than":         big,
-		"descriptors came":    []byte(strings.Replace(string(valid), `"fds":[]`, `"fds":["criu"]`, 1)),
-		"unknown or named":    []byte(strings.Replace(string(valid), `"fds":[]`, `"fds":["criu","criu"]`, 1)),
-		"the descriptor of C": valid,
+		"not the JSON":     []byte("hello"),
+		"version 99":       []byte(`{"version":99}`),
+		"larger than":      big,
+		"descriptors came": []byte(strings.Replace(string(valid), `"fds":[]`, `"fds":["criu"]`, 1)),
+		"unknown or named": []byte(strings.Replace(string(valid), `"fds":[]`, `"fds":["criu","criu"]`, 1)),
+		"let CRIU execute": valid,
 	} {
 		c := h.dialHook()
 		if _, err := c.Write(packet); err != nil {
