@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client/wire"
 )
 
 func TestTargets(t *testing.T) {
@@ -141,6 +142,64 @@ func TestRetryEnds(t *testing.T) {
 			t.Errorf("not even begun: %v", err)
 		}
 	})
+}
+
+// TestRetryKeepsUnknown: a try that never left the host says nothing of one that may have arrived.
+func TestRetryKeepsUnknown(t *testing.T) {
+	unknown, away := refusal(alloc.ReasonUnknownOutcome, 0), refusal(alloc.ReasonUnavailable, 0)
+	for name, c := range map[string]struct {
+		errs []error
+		want bool // is it unknown in the end?
+	}{
+		"first unknown":        {[]error{unknown, away}, true},
+		"unknown in between":   {[]error{away, unknown, away, refusal(alloc.ReasonConflict, 0)}, true},
+		"last unknown":         {[]error{away, unknown}, true},
+		"never unknown":        {[]error{away, refusal(alloc.ReasonConflict, 0), away}, false},
+		"turned away":          {[]error{unknown, refusal(alloc.ReasonCaller, 0)}, true},
+		"another pool":         {[]error{unknown, refusal(alloc.ReasonPoolMissing, 0)}, true},
+		"not the server's":     {[]error{unknown, status.Error(codes.Unimplemented, "x")}, true},
+		"ours":                 {[]error{unknown, errors.New("x")}, true},
+		"ours at once":         {[]error{errors.New("x")}, false},
+		"answered":             {[]error{unknown, away, refusal(alloc.ReasonStaleEpoch, 0)}, false},
+		"answered by a server": {[]error{unknown, wire.FromError(wire.Status(alloc.ErrWrongState).Err(), wire.MaybeSent)}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				s := &script{errs: c.errs}
+				last := c.errs[len(c.errs)-1]
+				err := Retry(ctx, s.do)
+				if errors.Is(err, alloc.ErrUnknownOutcome) != c.want || !errors.Is(err, last) {
+					t.Error(err)
+				}
+				if c.want && (Reason(err) != string(alloc.ReasonUnknownOutcome) || !strings.Contains(err.Error(), s.ids[len(s.ids)-1])) {
+					t.Errorf("%q, under the id %s", err, s.ids[len(s.ids)-1])
+				}
+				if gaveUp := Again(last); errors.Is(err, context.DeadlineExceeded) != gaveUp {
+					t.Errorf("%v: after %v", err, last)
+				}
+				if !c.want && !Again(last) && err != last {
+					t.Errorf("%v instead of %v", err, last)
+				}
+			})
+		})
+	}
+}
+
+// TestRetryEndsWithTimer: ctx ends in the very moment in which the pause is over.
+func TestRetryEndsWithTimer(t *testing.T) {
+	for range 50 {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			s := &script{errs: []error{refusal(alloc.ReasonUnknownOutcome, time.Second)}}
+			err := Retry(ctx, s.do)
+			if !errors.Is(err, alloc.ErrUnknownOutcome) || !errors.Is(err, context.DeadlineExceeded) {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 // TestRetryRenews: an id that certainly had no effect is replaced before it expires; one that may have
