@@ -52,7 +52,7 @@ func recorded() records {
 		Serial: serial(1), State: nsallocv1.SandboxState_SANDBOX_STATE_RUNNING, Owner: "a", Epoch: serial(1), OfHost: true,
 		Bindings: []*nsallocv1.Binding{{Serial: serial(2), Type: nsallocv1.NamespaceType_NAMESPACE_TYPE_MNT, Bound: before(9 * day),
 			Kernel: &nsallocv1.KernelId{BootId: bootA, Inode: 4026531841, Weak: true}}},
-		Stints:  []*nsallocv1.Stint{{Host: "a", Epoch: serial(1), From: before(9 * day), Began: "registered", Actor: "host/a"}},
+		Stints:  []*nsallocv1.Stint{{Host: "a", Epoch: serial(1), From: before(9 * day), Began: nsallocv1.StintBegan_STINT_BEGAN_REGISTERED, Actor: "host/a"}},
 		Created: before(9 * day),
 	}
 	moved := &nsallocv1.Sandbox{
@@ -61,8 +61,8 @@ func recorded() records {
 		Labels:   map[string]string{"command": "nginx: master process", "cgroup": "/system.slice/runc-web.scope"},
 		Claimant: &nsallocv1.Claimant{Host: "b", BootId: bootB, Run: "5120@88133"},
 		Stints: []*nsallocv1.Stint{
-			{Host: "a", Epoch: serial(1), From: before(2 * time.Hour), To: before(78 * time.Minute), Began: "registered", Over: "handed off", Actor: "host/a"},
-			{Host: "b", Epoch: serial(2), From: before(77 * time.Minute), Began: "claimed", Checkpoint: serial(0x20), Actor: "host/b"},
+			{Host: "a", Epoch: serial(1), From: before(2 * time.Hour), To: before(78 * time.Minute), Began: nsallocv1.StintBegan_STINT_BEGAN_REGISTERED, Over: nsallocv1.StintOver_STINT_OVER_HANDED_OFF, Actor: "host/a"},
+			{Host: "b", Epoch: serial(2), From: before(77 * time.Minute), Began: nsallocv1.StintBegan_STINT_BEGAN_CLAIMED, Checkpoint: serial(0x20), Actor: "host/b"},
 		},
 	}
 	moved.Bindings[1].Gone = before(50 * time.Second)
@@ -71,7 +71,7 @@ func recorded() records {
 		Serial: serial(0x30), State: nsallocv1.SandboxState_SANDBOX_STATE_RUNNING, Owner: "a", Epoch: serial(1),
 		Bindings: bindings(bootA, 0x31, 5*time.Minute), Created: before(5*time.Minute + 7*time.Second),
 		Labels: map[string]string{"command": "データベース 水"}, Parent: serial(0x10), ParentCheckpoint: serial(0x20),
-		Stints: []*nsallocv1.Stint{{Host: "a", Epoch: serial(1), From: before(5 * time.Minute), Began: "cloned", Actor: "host/a", Checkpoint: serial(0x20)}},
+		Stints: []*nsallocv1.Stint{{Host: "a", Epoch: serial(1), From: before(5 * time.Minute), Began: nsallocv1.StintBegan_STINT_BEGAN_CLONED, Actor: "host/a", Checkpoint: serial(0x20)}},
 	}
 	for i, b := range clone.Bindings {
 		b.Parent = serial(0x11 + uint64(i))
@@ -80,17 +80,17 @@ func recorded() records {
 		Serial: serial(0x40), State: nsallocv1.SandboxState_SANDBOX_STATE_IN_TRANSIT, Owner: "a", Epoch: serial(1),
 		Bindings: bindings("", 0x41, time.Minute), Checkpoint: serial(0x50), Created: before(time.Minute),
 		Labels: map[string]string{"command": "evil\x1b]0;x\a\u202edne"},
-		Stints: []*nsallocv1.Stint{{Host: "a", Epoch: serial(1), From: before(time.Minute), To: before(4 * time.Second), Began: "registered", Over: "handed off", Actor: "host/a"}},
+		Stints: []*nsallocv1.Stint{{Host: "a", Epoch: serial(1), From: before(time.Minute), To: before(4 * time.Second), Began: nsallocv1.StintBegan_STINT_BEGAN_REGISTERED, Over: nsallocv1.StintOver_STINT_OVER_HANDED_OFF, Actor: "host/a"}},
 	}
 	over := &nsallocv1.Sandbox{
 		Serial: serial(0x60), State: nsallocv1.SandboxState_SANDBOX_STATE_ENDED, Owner: "a", Epoch: serial(1),
 		Bindings: bindings("", 0x61, 30*time.Hour), Created: before(30 * time.Hour),
-		Stints: []*nsallocv1.Stint{{Host: "a", Epoch: serial(1), From: before(30 * time.Hour), To: before(29 * time.Hour), Began: "registered", Over: "ended", Actor: "host/a"}},
+		Stints: []*nsallocv1.Stint{{Host: "a", Epoch: serial(1), From: before(30 * time.Hour), To: before(29 * time.Hour), Began: nsallocv1.StintBegan_STINT_BEGAN_REGISTERED, Over: nsallocv1.StintOver_STINT_OVER_ENDED, Actor: "host/a"}},
 	}
 	var digest [32]byte
 	digest[0], digest[31] = 0xab, 0xcd
 	r := records{
-		pool: &nsallocv1.Pool{Uuid: "0d7d2f4e-5a51-4d0e-9a65-1c1b6f3f2d10", Generation: 1, Open: true, Format: 1,
+		pool: &nsallocv1.Pool{Uuid: "0d7d2f4e-5a51-4d0e-9a65-1c1b6f3f2d10", Generation: 1, State: nsallocv1.PoolState_POOL_STATE_OPEN, Format: 1,
 			Policy: &nsallocv1.Policy{Live: nsallocv1.PolicyAction_POLICY_ACTION_CLONE, Over: nsallocv1.PolicyAction_POLICY_ACTION_RESUME, Unknown: nsallocv1.PolicyAction_POLICY_ACTION_ADOPT}},
 		sandboxes: []*nsallocv1.Sandbox{hostA, moved, clone, transit, over},
 		checkpoints: []*nsallocv1.Checkpoint{

@@ -157,7 +157,7 @@ func bindingView(b alloc.Binding) bindingDoc {
 func stintView(st alloc.Stint) stintDoc {
 	return stintDoc{
 		Host: st.Host, Epoch: st.Epoch.String(), From: rfc3339(st.From), To: rfc3339(st.To),
-		Began: st.Began, Over: st.Over, Checkpoint: serialText(st.Checkpoint), Actor: st.Actor,
+		Began: string(st.Began), Over: string(st.Over), Checkpoint: serialText(st.Checkpoint), Actor: st.Actor,
 	}
 }
 

@@ -28,6 +28,8 @@ var words = map[reflect.Type][]string{
 	reflect.TypeFor[alloc.SandboxState]():    wordsOf(sandboxStates),
 	reflect.TypeFor[alloc.CheckpointState](): wordsOf(checkpointStates),
 	reflect.TypeFor[alloc.NamespaceType]():   wordsOf(namespaceTypes),
+	reflect.TypeFor[alloc.StintBegan]():      wordsOf(stintBegans),
+	reflect.TypeFor[alloc.StintOver]():       wordsOf(stintOvers),
 }
 
 func wordsOf[D ~string, P ~int32](e enum[D, P]) (ws []string) {
@@ -163,6 +165,9 @@ func TestNotStorable(t *testing.T) {
 		"strange state": &alloc.Checkpoint{Serial: 1, State: "torn"},
 		"strange type":  &alloc.Sandbox{Serial: 1, State: alloc.StateRunning, Bindings: []alloc.Binding{{Type: "disk"}}},
 		"no policy":     &alloc.Pool{UUID: "u", State: alloc.PoolOpen},
+		"strange stint": &alloc.OldStint{Sandbox: 1, Stint: alloc.Stint{Began: "found"}},
+		"no beginning":  &alloc.OldStint{Sandbox: 1},
+		"strange end":   &alloc.OldStint{Sandbox: 1, Stint: alloc.Stint{Began: alloc.BeganClaimed, Over: "lost"}},
 		"not UTF-8":     host("a", "\xff"),
 		"all zero":      &alloc.Counter{},
 		"year 10000":    &alloc.Host{Name: "a", Hello: time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC)},
@@ -198,6 +203,8 @@ func TestNotReadable(t *testing.T) {
 		"digest":                {sandbox(func(m *storepb.Sandbox) { m.Requests = []*storepb.RequestMark{{Digest: []byte{1}}} }), alloc.ErrMalformed},
 		"another kind":          {&storepb.Counter{Generation: 1, Nonce: "n"}, alloc.ErrMalformed},
 		"state of the future":   {sandbox(func(m *storepb.Sandbox) { m.State = 99 }), alloc.ErrFormat},
+		"no beginning":          {sandbox(func(m *storepb.Sandbox) { m.Stints = []*storepb.Stint{{}} }), alloc.ErrMalformed},
+		"end of the future":     {sandbox(func(m *storepb.Sandbox) { m.Stints = []*storepb.Stint{{Began: 1, Over: 99}} }), alloc.ErrFormat},
 		"type of the future":    {sandbox(func(m *storepb.Sandbox) { m.Bindings[0].Type = 99 }), alloc.ErrFormat},
 		"unknown field":         {sandbox(func(m *storepb.Sandbox) { unknown(m) }), nil},
 		"unknown in a binding":  {sandbox(func(m *storepb.Sandbox) { unknown(m.Bindings[0]) }), nil},
@@ -233,6 +240,8 @@ func TestEnumsAreComplete(t *testing.T) {
 		"sandbox state":    {len(sandboxStates.stored), len(storepb.SandboxState_name) - 1},
 		"checkpoint state": {len(checkpointStates.stored), len(storepb.CheckpointState_name) - 1},
 		"namespace type":   {len(namespaceTypes.stored), len(storepb.NamespaceType_name) - 1},
+		"stint began":      {len(stintBegans.stored), len(storepb.StintBegan_name) - 1},
+		"stint over":       {len(stintOvers.stored), len(storepb.StintOver_name)}, // unspecified is a word: it lasts
 	} {
 		if n.known != n.all {
 			t.Errorf("%s: %d words, %d values", name, n.known, n.all)

@@ -233,7 +233,7 @@ func (d *decoder) binding(m *storepb.Binding) alloc.Binding {
 func (d *decoder) stint(m *storepb.Stint) alloc.Stint {
 	return alloc.Stint{
 		Host: m.GetHost(), Epoch: alloc.Epoch(m.GetEpoch()), From: d.time(m.GetFrom()), To: d.time(m.GetTo()),
-		Began: m.GetBegan(), Over: m.GetOver(), Checkpoint: alloc.Serial(m.GetCheckpoint()), Actor: m.GetActor(),
+		Began: domain(d, stintBegans, m.GetBegan()), Over: domain(d, stintOvers, m.GetOver()), Checkpoint: alloc.Serial(m.GetCheckpoint()), Actor: m.GetActor(),
 		Extra: unknown(m),
 	}
 }

@@ -153,7 +153,7 @@ func (e *encoder) binding(b alloc.Binding) *storepb.Binding {
 func (e *encoder) stint(s alloc.Stint) *storepb.Stint {
 	return extra(&storepb.Stint{
 		Host: s.Host, Epoch: uint64(s.Epoch), From: e.time(s.From), To: e.time(s.To),
-		Began: s.Began, Over: s.Over, Checkpoint: uint64(s.Checkpoint), Actor: s.Actor,
+		Began: stored(e, stintBegans, s.Began), Over: stored(e, stintOvers, s.Over), Checkpoint: uint64(s.Checkpoint), Actor: s.Actor,
 	}, s.Extra)
 }
 

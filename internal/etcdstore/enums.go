@@ -45,6 +45,19 @@ var (
 		storepb.CheckpointState_CHECKPOINT_STATE_VOID:     alloc.CheckpointVoid,
 		storepb.CheckpointState_CHECKPOINT_STATE_CONSUMED: alloc.CheckpointConsumed,
 	})
+	stintBegans = newEnum("beginning of a stint", map[storepb.StintBegan]alloc.StintBegan{
+		storepb.StintBegan_STINT_BEGAN_REGISTERED: alloc.BeganRegistered,
+		storepb.StintBegan_STINT_BEGAN_CLAIMED:    alloc.BeganClaimed,
+		storepb.StintBegan_STINT_BEGAN_CLONED:     alloc.BeganCloned,
+	})
+	stintOvers = newEnum("end of a stint", map[storepb.StintOver]alloc.StintOver{
+		storepb.StintOver_STINT_OVER_UNSPECIFIED:  "", // it lasts
+		storepb.StintOver_STINT_OVER_HANDED_OFF:   alloc.OverHandedOff,
+		storepb.StintOver_STINT_OVER_RELEASED:     alloc.OverReleased,
+		storepb.StintOver_STINT_OVER_ENDED:        alloc.OverEnded,
+		storepb.StintOver_STINT_OVER_FENCED:       alloc.OverFenced,
+		storepb.StintOver_STINT_OVER_CLAIM_FENCED: alloc.OverClaimFenced,
+	})
 	namespaceTypes = newEnum("namespace type", map[storepb.NamespaceType]alloc.NamespaceType{
 		storepb.NamespaceType_NAMESPACE_TYPE_MNT:    alloc.Mnt,
 		storepb.NamespaceType_NAMESPACE_TYPE_UTS:    alloc.UTS,

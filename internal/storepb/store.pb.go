@@ -349,6 +349,128 @@ func (NamespaceType) EnumDescriptor() ([]byte, []int) {
 	return file_store_proto_rawDescGZIP(), []int{4}
 }
 
+// StintBegan is the event that began a stint.
+type StintBegan int32
+
+const (
+	// Never written.
+	StintBegan_STINT_BEGAN_UNSPECIFIED StintBegan = 0
+	// Registered as a new sandbox.
+	StintBegan_STINT_BEGAN_REGISTERED StintBegan = 1
+	// Claimed by a restore.
+	StintBegan_STINT_BEGAN_CLAIMED StintBegan = 2
+	// Registered as a clone.
+	StintBegan_STINT_BEGAN_CLONED StintBegan = 3
+)
+
+// Enum value maps for StintBegan.
+var (
+	StintBegan_name = map[int32]string{
+		0: "STINT_BEGAN_UNSPECIFIED",
+		1: "STINT_BEGAN_REGISTERED",
+		2: "STINT_BEGAN_CLAIMED",
+		3: "STINT_BEGAN_CLONED",
+	}
+	StintBegan_value = map[string]int32{
+		"STINT_BEGAN_UNSPECIFIED": 0,
+		"STINT_BEGAN_REGISTERED":  1,
+		"STINT_BEGAN_CLAIMED":     2,
+		"STINT_BEGAN_CLONED":      3,
+	}
+)
+
+func (x StintBegan) Enum() *StintBegan {
+	p := new(StintBegan)
+	*p = x
+	return p
+}
+
+func (x StintBegan) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (StintBegan) Descriptor() protoreflect.EnumDescriptor {
+	return file_store_proto_enumTypes[5].Descriptor()
+}
+
+func (StintBegan) Type() protoreflect.EnumType {
+	return &file_store_proto_enumTypes[5]
+}
+
+func (x StintBegan) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use StintBegan.Descriptor instead.
+func (StintBegan) EnumDescriptor() ([]byte, []int) {
+	return file_store_proto_rawDescGZIP(), []int{5}
+}
+
+// StintOver is the event that a stint was over by.
+type StintOver int32
+
+const (
+	// The stint lasts.
+	StintOver_STINT_OVER_UNSPECIFIED StintOver = 0
+	// The tree was killed by a dump.
+	StintOver_STINT_OVER_HANDED_OFF StintOver = 1
+	// The claim was given back.
+	StintOver_STINT_OVER_RELEASED StintOver = 2
+	// The processes were seen gone.
+	StintOver_STINT_OVER_ENDED StintOver = 3
+	// The host was given up while the sandbox ran there, or was dumped.
+	StintOver_STINT_OVER_FENCED StintOver = 4
+	// The host was given up while it was restoring the sandbox.
+	StintOver_STINT_OVER_CLAIM_FENCED StintOver = 5
+)
+
+// Enum value maps for StintOver.
+var (
+	StintOver_name = map[int32]string{
+		0: "STINT_OVER_UNSPECIFIED",
+		1: "STINT_OVER_HANDED_OFF",
+		2: "STINT_OVER_RELEASED",
+		3: "STINT_OVER_ENDED",
+		4: "STINT_OVER_FENCED",
+		5: "STINT_OVER_CLAIM_FENCED",
+	}
+	StintOver_value = map[string]int32{
+		"STINT_OVER_UNSPECIFIED":  0,
+		"STINT_OVER_HANDED_OFF":   1,
+		"STINT_OVER_RELEASED":     2,
+		"STINT_OVER_ENDED":        3,
+		"STINT_OVER_FENCED":       4,
+		"STINT_OVER_CLAIM_FENCED": 5,
+	}
+)
+
+func (x StintOver) Enum() *StintOver {
+	p := new(StintOver)
+	*p = x
+	return p
+}
+
+func (x StintOver) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (StintOver) Descriptor() protoreflect.EnumDescriptor {
+	return file_store_proto_enumTypes[6].Descriptor()
+}
+
+func (StintOver) Type() protoreflect.EnumType {
+	return &file_store_proto_enumTypes[6]
+}
+
+func (x StintOver) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use StintOver.Descriptor instead.
+func (StintOver) EnumDescriptor() ([]byte, []int) {
+	return file_store_proto_rawDescGZIP(), []int{6}
+}
+
 // Pool is the record of the pool itself, under the key pool.
 type Pool struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1117,9 +1239,9 @@ type Stint struct {
 	// When it was over; unset while it lasts.
 	To *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=to,proto3" json:"to,omitempty"`
 	// The event that began it.
-	Began string `protobuf:"bytes,5,opt,name=began,proto3" json:"began,omitempty"`
-	// The event that it was over by.
-	Over string `protobuf:"bytes,6,opt,name=over,proto3" json:"over,omitempty"`
+	Began StintBegan `protobuf:"varint,5,opt,name=began,proto3,enum=nsalloc.store.v1.StintBegan" json:"began,omitempty"`
+	// The event that it was over by; unspecified while it lasts.
+	Over StintOver `protobuf:"varint,6,opt,name=over,proto3,enum=nsalloc.store.v1.StintOver" json:"over,omitempty"`
 	// The checkpoint that it began from; 0 for a tree that no restore made.
 	Checkpoint uint64 `protobuf:"fixed64,7,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
 	// Who made the change that began it.
@@ -1186,18 +1308,18 @@ func (x *Stint) GetTo() *timestamppb.Timestamp {
 	return nil
 }
 
-func (x *Stint) GetBegan() string {
+func (x *Stint) GetBegan() StintBegan {
 	if x != nil {
 		return x.Began
 	}
-	return ""
+	return StintBegan_STINT_BEGAN_UNSPECIFIED
 }
 
-func (x *Stint) GetOver() string {
+func (x *Stint) GetOver() StintOver {
 	if x != nil {
 		return x.Over
 	}
-	return ""
+	return StintOver_STINT_OVER_UNSPECIFIED
 }
 
 func (x *Stint) GetCheckpoint() uint64 {
@@ -1716,14 +1838,14 @@ const file_store_proto_rawDesc = "" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12\x14\n" +
 	"\x05inode\x18\x03 \x01(\x04R\x05inode\x12\x12\n" +
-	"\x04weak\x18\x04 \x01(\bR\x04weak\"\xed\x01\n" +
+	"\x04weak\x18\x04 \x01(\bR\x04weak\"\xa8\x02\n" +
 	"\x05Stint\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\x12.\n" +
 	"\x04from\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04from\x12*\n" +
-	"\x02to\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02to\x12\x14\n" +
-	"\x05began\x18\x05 \x01(\tR\x05began\x12\x12\n" +
-	"\x04over\x18\x06 \x01(\tR\x04over\x12\x1e\n" +
+	"\x02to\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02to\x122\n" +
+	"\x05began\x18\x05 \x01(\x0e2\x1c.nsalloc.store.v1.StintBeganR\x05began\x12/\n" +
+	"\x04over\x18\x06 \x01(\x0e2\x1b.nsalloc.store.v1.StintOverR\x04over\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\a \x01(\x06R\n" +
 	"checkpoint\x12\x14\n" +
@@ -1793,7 +1915,20 @@ const file_store_proto_rawDesc = "" +
 	"\x12NAMESPACE_TYPE_NET\x10\x05\x12\x19\n" +
 	"\x15NAMESPACE_TYPE_CGROUP\x10\x06\x12\x17\n" +
 	"\x13NAMESPACE_TYPE_USER\x10\a\x12\x17\n" +
-	"\x13NAMESPACE_TYPE_TIME\x10\bB5Z3github.com/nsalloc/nsalloc/internal/storepb;storepbb\x06proto3"
+	"\x13NAMESPACE_TYPE_TIME\x10\b*v\n" +
+	"\n" +
+	"StintBegan\x12\x1b\n" +
+	"\x17STINT_BEGAN_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16STINT_BEGAN_REGISTERED\x10\x01\x12\x17\n" +
+	"\x13STINT_BEGAN_CLAIMED\x10\x02\x12\x16\n" +
+	"\x12STINT_BEGAN_CLONED\x10\x03*\xa5\x01\n" +
+	"\tStintOver\x12\x1a\n" +
+	"\x16STINT_OVER_UNSPECIFIED\x10\x00\x12\x19\n" +
+	"\x15STINT_OVER_HANDED_OFF\x10\x01\x12\x17\n" +
+	"\x13STINT_OVER_RELEASED\x10\x02\x12\x14\n" +
+	"\x10STINT_OVER_ENDED\x10\x03\x12\x15\n" +
+	"\x11STINT_OVER_FENCED\x10\x04\x12\x1b\n" +
+	"\x17STINT_OVER_CLAIM_FENCED\x10\x05B5Z3github.com/nsalloc/nsalloc/internal/storepb;storepbb\x06proto3"
 
 var (
 	file_store_proto_rawDescOnce sync.Once
@@ -1807,7 +1942,7 @@ func file_store_proto_rawDescGZIP() []byte {
 	return file_store_proto_rawDescData
 }
 
-var file_store_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_store_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
 var file_store_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_store_proto_goTypes = []any{
 	(PoolState)(0),                // 0: nsalloc.store.v1.PoolState
@@ -1815,64 +1950,68 @@ var file_store_proto_goTypes = []any{
 	(SandboxState)(0),             // 2: nsalloc.store.v1.SandboxState
 	(CheckpointState)(0),          // 3: nsalloc.store.v1.CheckpointState
 	(NamespaceType)(0),            // 4: nsalloc.store.v1.NamespaceType
-	(*Pool)(nil),                  // 5: nsalloc.store.v1.Pool
-	(*Policy)(nil),                // 6: nsalloc.store.v1.Policy
-	(*Counter)(nil),               // 7: nsalloc.store.v1.Counter
-	(*Range)(nil),                 // 8: nsalloc.store.v1.Range
-	(*RequestMark)(nil),           // 9: nsalloc.store.v1.RequestMark
-	(*Host)(nil),                  // 10: nsalloc.store.v1.Host
-	(*Sandbox)(nil),               // 11: nsalloc.store.v1.Sandbox
-	(*Binding)(nil),               // 12: nsalloc.store.v1.Binding
-	(*KernelID)(nil),              // 13: nsalloc.store.v1.KernelID
-	(*Stint)(nil),                 // 14: nsalloc.store.v1.Stint
-	(*Claimant)(nil),              // 15: nsalloc.store.v1.Claimant
-	(*Claim)(nil),                 // 16: nsalloc.store.v1.Claim
-	(*Parent)(nil),                // 17: nsalloc.store.v1.Parent
-	(*OldStint)(nil),              // 18: nsalloc.store.v1.OldStint
-	(*Checkpoint)(nil),            // 19: nsalloc.store.v1.Checkpoint
-	(*Request)(nil),               // 20: nsalloc.store.v1.Request
-	nil,                           // 21: nsalloc.store.v1.Host.LabelsEntry
-	nil,                           // 22: nsalloc.store.v1.Sandbox.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
+	(StintBegan)(0),               // 5: nsalloc.store.v1.StintBegan
+	(StintOver)(0),                // 6: nsalloc.store.v1.StintOver
+	(*Pool)(nil),                  // 7: nsalloc.store.v1.Pool
+	(*Policy)(nil),                // 8: nsalloc.store.v1.Policy
+	(*Counter)(nil),               // 9: nsalloc.store.v1.Counter
+	(*Range)(nil),                 // 10: nsalloc.store.v1.Range
+	(*RequestMark)(nil),           // 11: nsalloc.store.v1.RequestMark
+	(*Host)(nil),                  // 12: nsalloc.store.v1.Host
+	(*Sandbox)(nil),               // 13: nsalloc.store.v1.Sandbox
+	(*Binding)(nil),               // 14: nsalloc.store.v1.Binding
+	(*KernelID)(nil),              // 15: nsalloc.store.v1.KernelID
+	(*Stint)(nil),                 // 16: nsalloc.store.v1.Stint
+	(*Claimant)(nil),              // 17: nsalloc.store.v1.Claimant
+	(*Claim)(nil),                 // 18: nsalloc.store.v1.Claim
+	(*Parent)(nil),                // 19: nsalloc.store.v1.Parent
+	(*OldStint)(nil),              // 20: nsalloc.store.v1.OldStint
+	(*Checkpoint)(nil),            // 21: nsalloc.store.v1.Checkpoint
+	(*Request)(nil),               // 22: nsalloc.store.v1.Request
+	nil,                           // 23: nsalloc.store.v1.Host.LabelsEntry
+	nil,                           // 24: nsalloc.store.v1.Sandbox.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
 }
 var file_store_proto_depIdxs = []int32{
 	0,  // 0: nsalloc.store.v1.Pool.state:type_name -> nsalloc.store.v1.PoolState
-	6,  // 1: nsalloc.store.v1.Pool.policy:type_name -> nsalloc.store.v1.Policy
+	8,  // 1: nsalloc.store.v1.Pool.policy:type_name -> nsalloc.store.v1.Policy
 	1,  // 2: nsalloc.store.v1.Policy.live:type_name -> nsalloc.store.v1.Action
 	1,  // 3: nsalloc.store.v1.Policy.over:type_name -> nsalloc.store.v1.Action
 	1,  // 4: nsalloc.store.v1.Policy.unknown:type_name -> nsalloc.store.v1.Action
-	8,  // 5: nsalloc.store.v1.Host.granted:type_name -> nsalloc.store.v1.Range
-	21, // 6: nsalloc.store.v1.Host.labels:type_name -> nsalloc.store.v1.Host.LabelsEntry
-	23, // 7: nsalloc.store.v1.Host.hello:type_name -> google.protobuf.Timestamp
-	9,  // 8: nsalloc.store.v1.Host.requests:type_name -> nsalloc.store.v1.RequestMark
+	10, // 5: nsalloc.store.v1.Host.granted:type_name -> nsalloc.store.v1.Range
+	23, // 6: nsalloc.store.v1.Host.labels:type_name -> nsalloc.store.v1.Host.LabelsEntry
+	25, // 7: nsalloc.store.v1.Host.hello:type_name -> google.protobuf.Timestamp
+	11, // 8: nsalloc.store.v1.Host.requests:type_name -> nsalloc.store.v1.RequestMark
 	2,  // 9: nsalloc.store.v1.Sandbox.state:type_name -> nsalloc.store.v1.SandboxState
-	12, // 10: nsalloc.store.v1.Sandbox.bindings:type_name -> nsalloc.store.v1.Binding
-	14, // 11: nsalloc.store.v1.Sandbox.stints:type_name -> nsalloc.store.v1.Stint
-	22, // 12: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
-	16, // 13: nsalloc.store.v1.Sandbox.claim:type_name -> nsalloc.store.v1.Claim
-	17, // 14: nsalloc.store.v1.Sandbox.parent:type_name -> nsalloc.store.v1.Parent
-	23, // 15: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
-	9,  // 16: nsalloc.store.v1.Sandbox.requests:type_name -> nsalloc.store.v1.RequestMark
+	14, // 10: nsalloc.store.v1.Sandbox.bindings:type_name -> nsalloc.store.v1.Binding
+	16, // 11: nsalloc.store.v1.Sandbox.stints:type_name -> nsalloc.store.v1.Stint
+	24, // 12: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
+	18, // 13: nsalloc.store.v1.Sandbox.claim:type_name -> nsalloc.store.v1.Claim
+	19, // 14: nsalloc.store.v1.Sandbox.parent:type_name -> nsalloc.store.v1.Parent
+	25, // 15: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
+	11, // 16: nsalloc.store.v1.Sandbox.requests:type_name -> nsalloc.store.v1.RequestMark
 	4,  // 17: nsalloc.store.v1.Binding.type:type_name -> nsalloc.store.v1.NamespaceType
-	13, // 18: nsalloc.store.v1.Binding.kernel:type_name -> nsalloc.store.v1.KernelID
-	23, // 19: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
-	23, // 20: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
-	23, // 21: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
-	23, // 22: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
-	15, // 23: nsalloc.store.v1.Claim.claimant:type_name -> nsalloc.store.v1.Claimant
-	2,  // 24: nsalloc.store.v1.Claim.from:type_name -> nsalloc.store.v1.SandboxState
-	14, // 25: nsalloc.store.v1.OldStint.stint:type_name -> nsalloc.store.v1.Stint
-	3,  // 26: nsalloc.store.v1.Checkpoint.state:type_name -> nsalloc.store.v1.CheckpointState
-	15, // 27: nsalloc.store.v1.Checkpoint.claimant:type_name -> nsalloc.store.v1.Claimant
-	23, // 28: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
-	23, // 29: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
-	8,  // 30: nsalloc.store.v1.Request.ranges:type_name -> nsalloc.store.v1.Range
-	23, // 31: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
-	32, // [32:32] is the sub-list for method output_type
-	32, // [32:32] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	15, // 18: nsalloc.store.v1.Binding.kernel:type_name -> nsalloc.store.v1.KernelID
+	25, // 19: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
+	25, // 20: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
+	25, // 21: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
+	25, // 22: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
+	5,  // 23: nsalloc.store.v1.Stint.began:type_name -> nsalloc.store.v1.StintBegan
+	6,  // 24: nsalloc.store.v1.Stint.over:type_name -> nsalloc.store.v1.StintOver
+	17, // 25: nsalloc.store.v1.Claim.claimant:type_name -> nsalloc.store.v1.Claimant
+	2,  // 26: nsalloc.store.v1.Claim.from:type_name -> nsalloc.store.v1.SandboxState
+	16, // 27: nsalloc.store.v1.OldStint.stint:type_name -> nsalloc.store.v1.Stint
+	3,  // 28: nsalloc.store.v1.Checkpoint.state:type_name -> nsalloc.store.v1.CheckpointState
+	17, // 29: nsalloc.store.v1.Checkpoint.claimant:type_name -> nsalloc.store.v1.Claimant
+	25, // 30: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
+	25, // 31: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
+	10, // 32: nsalloc.store.v1.Request.ranges:type_name -> nsalloc.store.v1.Range
+	25, // 33: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
+	34, // [34:34] is the sub-list for method output_type
+	34, // [34:34] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_store_proto_init() }
@@ -1885,7 +2024,7 @@ func file_store_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_store_proto_rawDesc), len(file_store_proto_rawDesc)),
-			NumEnums:      5,
+			NumEnums:      7,
 			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   0,

@@ -199,7 +199,7 @@ func (c *checker) consumed(sandboxes []*Sandbox) {
 	by := map[Serial]Serial{}
 	for _, s := range sandboxes {
 		for _, st := range c.stints[s.Serial] {
-			if st.Began != beganClaimed || st.Over == overReleased || st.Over == overClaimFenced || st.To.IsZero() && s.State == StateClaimed {
+			if st.Began != BeganClaimed || st.Over == OverReleased || st.Over == OverClaimFenced || st.To.IsZero() && s.State == StateClaimed {
 				continue
 			}
 			cp := c.checkpoints[st.Checkpoint]

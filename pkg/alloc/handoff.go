@@ -76,19 +76,6 @@ const (
 	NotGiven Evidence = "not_given"
 )
 
-// What Stint.Began and Stint.Over say.
-const (
-	beganRegistered = "registered"
-	beganClaimed    = "claimed"
-	beganCloned     = "cloned"
-	overHandedOff   = "handed off"
-	overReleased    = "released"
-	overEnded       = "ended"
-	overFenced      = "fenced"
-	// A claim that a fence gave back: unlike a fenced run, nothing ran.
-	overClaimFenced = "claim fenced"
-)
-
 // Dumped says that a dump of the owner's has complete images and the tree is frozen.
 type Dumped struct {
 	Host       string
@@ -159,9 +146,9 @@ func (e Stopped) next(h *Handoff, at Moment) error {
 	}
 	s.State, h.Checkpoint.State = state, images
 	if state == StateInTransit {
-		s.closeStint(overHandedOff, at.Now)
+		s.closeStint(OverHandedOff, at.Now)
 	} else {
-		s.closeStint(overEnded, at.Now)
+		s.closeStint(OverEnded, at.Now)
 	}
 	return nil
 }
@@ -217,7 +204,7 @@ func (e Claimed) next(h *Handoff, at Moment) error {
 	}
 	s.Claim = &Claim{Claimant: e.Claimant, From: s.State}
 	s.State, s.Owner, s.Epoch = StateClaimed, e.Claimant.Host, s.Epoch.next(at.Generation)
-	s.openStint(s.Owner, beganClaimed, at.Actor, e.Checkpoint, at.Now)
+	s.openStint(s.Owner, BeganClaimed, at.Actor, e.Checkpoint, at.Now)
 	h.Checkpoint.Claimant = &e.Claimant
 	return nil
 }
@@ -264,7 +251,7 @@ func (e Released) next(h *Handoff, at Moment) error {
 	if err := s.ownedBy(e.Claimant.Host, e.Epoch); err != nil {
 		return err
 	}
-	if st := s.Stint(); s.Claim == nil && (s.State == StateInTransit || s.State == StateEnded) && st != nil && st.Epoch == e.Epoch && st.Over == overReleased {
+	if st := s.Stint(); s.Claim == nil && (s.State == StateInTransit || s.State == StateEnded) && st != nil && st.Epoch == e.Epoch && st.Over == OverReleased {
 		return nil
 	}
 	if !s.holds(e.Claimant) {
@@ -273,12 +260,12 @@ func (e Released) next(h *Handoff, at Moment) error {
 	if s.State != StateClaimed && s.State != StateRunning {
 		return s.wrongState("give the claim back", StateClaimed)
 	}
-	h.giveBack(overReleased, at.Now)
+	h.giveBack(OverReleased, at.Now)
 	return nil
 }
 
 // giveBack puts a claim back where it came from. The epoch stays raised.
-func (h *Handoff) giveBack(over string, now time.Time) {
+func (h *Handoff) giveBack(over StintOver, now time.Time) {
 	s := &h.Sandbox
 	s.State = s.Claim.From
 	s.undoBind(h.Checkpoint.Consumed)
@@ -308,7 +295,7 @@ func (e Over) next(h *Handoff, at Moment) error {
 		return s.wrongState("end it", StateRunning)
 	}
 	s.State, s.Claim = StateEnded, nil
-	s.closeStint(overEnded, at.Now)
+	s.closeStint(OverEnded, at.Now)
 	return nil
 }
 
@@ -326,12 +313,12 @@ func (e Fenced) next(h *Handoff, at Moment) error {
 	case StateDumped:
 		s.State = StateInTransit
 	case StateClaimed:
-		h.giveBack(overClaimFenced, at.Now)
+		h.giveBack(OverClaimFenced, at.Now)
 	default:
 		return nil // nothing of it is on that host any more
 	}
 	s.Epoch = s.Epoch.next(at.Generation)
-	s.closeStint(overFenced, at.Now)
+	s.closeStint(OverFenced, at.Now)
 	return nil
 }
 

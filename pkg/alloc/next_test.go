@@ -296,7 +296,7 @@ func TestNextTable(t *testing.T) {
 		images alloc.CheckpointState
 		epoch  int
 		claim  bool
-		stint  string // how the last one ended, "" while it lasts
+		stint  alloc.StintOver // how the last one ended, "" while it lasts
 	}{
 		{"running", dump("a", 1), "", alloc.StateDumped, alloc.CheckpointOpen, 1, false, ""},
 		{"ran on", dump("a", 1), "", alloc.StateDumped, alloc.CheckpointOpen, 1, false, ""},

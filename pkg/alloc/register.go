@@ -194,14 +194,14 @@ func (w *world) newSandbox(cmd RegisterCommand, it RegisterItem) (*Sandbox, erro
 		Serial: it.Sandbox, State: StateRunning, Owner: cmd.Host, Epoch: Epoch(0).next(w.pool.Generation),
 		OfHost: it.OfHost, Created: w.moment.Now,
 	}
-	began := beganRegistered
+	began := BeganRegistered
 	if it.ParentCheckpoint != 0 {
 		c, err := w.checkpoint(it.ParentCheckpoint)
 		if err != nil {
 			return nil, err
 		}
 		sb.Parent = &Parent{Sandbox: c.Sandbox, Checkpoint: c.Serial}
-		began = beganCloned
+		began = BeganCloned
 	}
 	sb.openStint(cmd.Host, began, w.moment.Actor, it.ParentCheckpoint, w.moment.Now)
 	if err := sb.add(it.Add, w.host.BootID, w.moment.Now); err != nil {

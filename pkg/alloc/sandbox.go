@@ -67,9 +67,9 @@ type Stint struct {
 	// From and To are of the server's clock; To is zero while the stint lasts.
 	From time.Time `json:"from"`
 	To   time.Time `json:"to,omitzero"`
-	// Began and Over say by which event, for people and audit.
-	Began string `json:"began"`
-	Over  string `json:"over,omitempty"`
+	// Began and Over say by which event; Over is "" while the stint lasts.
+	Began StintBegan `json:"began"`
+	Over  StintOver  `json:"over,omitempty"`
 	// Checkpoint is the one that the stint began from; 0 for a tree that no restore made.
 	Checkpoint Serial `json:"checkpoint,omitempty"`
 	// Actor is who made the change that began the stint, such as host/a or operator/ann.
@@ -77,6 +77,37 @@ type Stint struct {
 	// Extra holds what a newer version stored in this stint; see Pool.Extra.
 	Extra []byte `json:"-"`
 }
+
+// StintBegan is the event that began a stint.
+type StintBegan string
+
+// What began a stint.
+const (
+	// BeganRegistered: the host registered the sandbox as a new one.
+	BeganRegistered StintBegan = "registered"
+	// BeganClaimed: a restore claimed the sandbox. Of the stints that began so from one checkpoint, one at
+	// most ran.
+	BeganClaimed StintBegan = "claimed"
+	// BeganCloned: the host registered the sandbox as a clone of another one.
+	BeganCloned StintBegan = "cloned"
+)
+
+// StintOver is the event that a stint was over by.
+type StintOver string
+
+// What a stint was over by.
+const (
+	// OverHandedOff: a dump killed the tree, and whoever has the images may claim the sandbox.
+	OverHandedOff StintOver = "handed off"
+	// OverReleased: the claim was given back; nothing of its tree ever ran.
+	OverReleased StintOver = "released"
+	// OverEnded: the processes were seen gone, and not through a hand-off.
+	OverEnded StintOver = "ended"
+	// OverFenced: the host was given up while the sandbox ran there, or was dumped.
+	OverFenced StintOver = "fenced"
+	// OverClaimFenced: the host was given up while it was restoring the sandbox; unlike a fenced run, nothing ran.
+	OverClaimFenced StintOver = "claim fenced"
+)
 
 // Claimant names one restore: a second CRIU run on the same host is another claimant.
 type Claimant struct {
@@ -116,11 +147,11 @@ func (s *Sandbox) Stint() *Stint {
 	return &s.Stints[len(s.Stints)-1]
 }
 
-func (s *Sandbox) openStint(host, began, actor string, checkpoint Serial, now time.Time) {
+func (s *Sandbox) openStint(host string, began StintBegan, actor string, checkpoint Serial, now time.Time) {
 	s.Stints = append(s.Stints, Stint{Host: host, Epoch: s.Epoch, From: now, Began: began, Actor: actor, Checkpoint: checkpoint})
 }
 
-func (s *Sandbox) closeStint(over string, now time.Time) {
+func (s *Sandbox) closeStint(over StintOver, now time.Time) {
 	if st := s.Stint(); st != nil && st.To.IsZero() {
 		st.To, st.Over = now, over
 	}

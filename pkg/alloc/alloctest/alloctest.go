@@ -64,7 +64,7 @@ func Records(t testing.TB) []alloc.Record {
 	ranges := alloc.Ranges{{First: Serial(t, 100), Count: 10}, {First: Serial(t, 500), Count: 1}}
 	marks := []alloc.RequestMark{{ID: "01936b2e-0000-7000-8000-000000000001", Digest: digest}}
 	claimant := alloc.Claimant{Host: "b", BootID: boot, Run: "42/1000"}
-	stint := alloc.Stint{Host: "a", Epoch: 1<<48 + 1, From: at, To: at.Add(time.Hour), Began: "register", Over: "claim", Actor: "host/a"}
+	stint := alloc.Stint{Host: "a", Epoch: 1<<48 + 1, From: at, To: at.Add(time.Hour), Began: alloc.BeganRegistered, Over: alloc.OverHandedOff, Actor: "host/a"}
 	return []alloc.Record{
 		&alloc.Pool{UUID: boot, Generation: 1, State: alloc.PoolOpen, Policy: alloc.DefaultPolicy(), Format: alloc.FormatVersion, Nonce: "n"},
 		&alloc.Counter{Generation: 1, Next: 7, Nonce: "n"},
@@ -75,7 +75,7 @@ func Records(t testing.TB) []alloc.Record {
 				{Serial: Serial(t, 2), Type: alloc.PID, Kernel: alloc.KernelID{BootID: boot, ID: 9, Inode: 4026532000}, Bound: at},
 				{Serial: Serial(t, 3), Type: alloc.Net, Parent: Serial(t, 9), Gone: at},
 			},
-			Stints: []alloc.Stint{stint, {Host: "b", Epoch: 1<<48 + 2, From: at, Began: "claim", Checkpoint: Serial(t, 4), Actor: "host/b"}},
+			Stints: []alloc.Stint{stint, {Host: "b", Epoch: 1<<48 + 2, From: at, Began: alloc.BeganClaimed, Checkpoint: Serial(t, 4), Actor: "host/b"}},
 			Labels: map[string]string{"name": "web"}, Checkpoint: Serial(t, 4),
 			Claim:  &alloc.Claim{Claimant: claimant, From: alloc.StateInTransit},
 			Parent: &alloc.Parent{Sandbox: Serial(t, 8), Checkpoint: Serial(t, 9)}, Created: at, Requests: marks},

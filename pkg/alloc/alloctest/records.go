@@ -57,7 +57,7 @@ func testKeepsExtra(t *testing.T, s alloc.Store) {
 	extra := []byte{0xc0, 0x3e, 0x07}
 	sb := &alloc.Sandbox{Serial: Serial(t, 1), State: alloc.StateRunning, Owner: "a", Epoch: 1<<48 + 1, Extra: extra,
 		Bindings: []alloc.Binding{{Serial: Serial(t, 2), Type: alloc.PID, Extra: extra}},
-		Stints:   []alloc.Stint{{Host: "a", Epoch: 1<<48 + 1, Extra: extra}}}
+		Stints:   []alloc.Stint{{Host: "a", Epoch: 1<<48 + 1, Began: alloc.BeganRegistered, Extra: extra}}}
 	put(t, s, sb)
 	for range 2 { // read, write what was read, read
 		e := get(t, s, sb.Key())[0]

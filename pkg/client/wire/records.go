@@ -118,8 +118,8 @@ func SandboxToWire(s *alloc.Sandbox) *nsallocv1.Sandbox {
 			Epoch:      uint64(st.Epoch),
 			From:       timeToWire(st.From),
 			To:         timeToWire(st.To),
-			Began:      st.Began,
-			Over:       st.Over,
+			Began:      stintBegans.value(st.Began),
+			Over:       stintOvers.value(st.Over),
 			Checkpoint: uint64(st.Checkpoint),
 			Actor:      st.Actor,
 		})
@@ -155,8 +155,8 @@ func SandboxFromWire(s *nsallocv1.Sandbox) *alloc.Sandbox {
 			Epoch:      alloc.Epoch(st.GetEpoch()),
 			From:       timeFromWire(st.GetFrom()),
 			To:         timeFromWire(st.GetTo()),
-			Began:      st.GetBegan(),
-			Over:       st.GetOver(),
+			Began:      stintBegans.word(st.GetBegan()),
+			Over:       stintOvers.word(st.GetOver()),
 			Checkpoint: alloc.Serial(st.GetCheckpoint()),
 			Actor:      st.GetActor(),
 		})
@@ -262,7 +262,7 @@ func PoolToWire(p *alloc.Pool) *nsallocv1.Pool {
 	return &nsallocv1.Pool{
 		Uuid:       p.UUID,
 		Generation: uint32(p.Generation),
-		Open:       p.State == alloc.PoolOpen,
+		State:      poolStates.value(p.State),
 		Format:     uint32(max(p.Format, 0)),
 		Policy: &nsallocv1.Policy{
 			Live:    policyActions.value(p.Policy.Live),
@@ -277,10 +277,10 @@ func PoolFromWire(p *nsallocv1.Pool) *alloc.Pool {
 	if p == nil {
 		return nil
 	}
-	out := &alloc.Pool{
+	return &alloc.Pool{
 		UUID:       p.GetUuid(),
 		Generation: alloc.Generation(p.GetGeneration()),
-		State:      alloc.PoolRecovering,
+		State:      poolStates.word(p.GetState()),
 		Format:     int(p.GetFormat()),
 		Policy: alloc.Policy{
 			Live:    policyActions.word(p.GetPolicy().GetLive()),
@@ -288,8 +288,4 @@ func PoolFromWire(p *nsallocv1.Pool) *alloc.Pool {
 			Unknown: policyActions.word(p.GetPolicy().GetUnknown()),
 		},
 	}
-	if p.GetOpen() {
-		out.State = alloc.PoolOpen
-	}
-	return out
 }

@@ -78,6 +78,22 @@ var (
 		nsallocv1.ClaimOutcome_CLAIM_OUTCOME_CLAIMED: alloc.MayClaim,
 		nsallocv1.ClaimOutcome_CLAIM_OUTCOME_CLONE:   alloc.MayClone,
 	})
+	stintBegans = vocabularyOf(map[nsallocv1.StintBegan]alloc.StintBegan{
+		nsallocv1.StintBegan_STINT_BEGAN_REGISTERED: alloc.BeganRegistered,
+		nsallocv1.StintBegan_STINT_BEGAN_CLAIMED:    alloc.BeganClaimed,
+		nsallocv1.StintBegan_STINT_BEGAN_CLONED:     alloc.BeganCloned,
+	})
+	stintOvers = vocabularyOf(map[nsallocv1.StintOver]alloc.StintOver{
+		nsallocv1.StintOver_STINT_OVER_HANDED_OFF:   alloc.OverHandedOff,
+		nsallocv1.StintOver_STINT_OVER_RELEASED:     alloc.OverReleased,
+		nsallocv1.StintOver_STINT_OVER_ENDED:        alloc.OverEnded,
+		nsallocv1.StintOver_STINT_OVER_FENCED:       alloc.OverFenced,
+		nsallocv1.StintOver_STINT_OVER_CLAIM_FENCED: alloc.OverClaimFenced,
+	})
+	poolStates = vocabularyOf(map[nsallocv1.PoolState]alloc.PoolState{
+		nsallocv1.PoolState_POOL_STATE_OPEN:       alloc.PoolOpen,
+		nsallocv1.PoolState_POOL_STATE_RECOVERING: alloc.PoolRecovering,
+	})
 	policyActions = vocabularyOf(map[nsallocv1.PolicyAction]alloc.Action{
 		nsallocv1.PolicyAction_POLICY_ACTION_CLONE:  alloc.PolicyClone,
 		nsallocv1.PolicyAction_POLICY_ACTION_RESUME: alloc.PolicyResume,

@@ -98,6 +98,9 @@ func TestEveryWord(t *testing.T) {
 	check("CheckpointState", len(nsallocv1.CheckpointState_name), to(checkpointStates), from(checkpointStates))
 	check("Evidence", len(nsallocv1.Evidence_name), to(evidences), from(evidences))
 	check("Outcome", len(nsallocv1.ClaimOutcome_name), to(outcomes), from(outcomes))
+	check("PoolState", len(nsallocv1.PoolState_name), to(poolStates), from(poolStates))
+	check("StintBegan", len(nsallocv1.StintBegan_name), to(stintBegans), from(stintBegans))
+	check("StintOver", len(nsallocv1.StintOver_name), to(stintOvers), from(stintOvers))
 	check("Action", len(nsallocv1.PolicyAction_name), to(policyActions), from(policyActions))
 }
 
@@ -263,7 +266,9 @@ func TestFromTransport(t *testing.T) {
 		{codes.Internal, NothingToLose, nil},
 		{codes.Unimplemented, MaybeSent, nil},
 		{codes.InvalidArgument, MaybeSent, nil},
-		{codes.ResourceExhausted, MaybeSent, nil},
+		{codes.ResourceExhausted, MaybeSent, alloc.ErrUnknownOutcome},
+		{codes.ResourceExhausted, NotSent, nil},
+		{codes.ResourceExhausted, NothingToLose, nil},
 	} {
 		in := status.Error(c.code, "words of the transport")
 		got := FromError(in, c.sent)
@@ -282,5 +287,12 @@ func TestFromTransport(t *testing.T) {
 	}
 	if FromError(nil, MaybeSent) != nil {
 		t.Error("no error became one")
+	}
+	// Ours is never a lost answer: it says by itself that nothing changed.
+	for _, e := range []*alloc.Error{alloc.ErrExhausted, alloc.ErrTooLarge} {
+		got := FromError(Status(&alloc.Error{Reason: e.Reason, Msg: "x"}).Err(), MaybeSent)
+		if !errors.Is(got, e) || errors.Is(got, alloc.ErrUnknownOutcome) {
+			t.Errorf("%s became %v", e.Reason, got)
+		}
 	}
 }

@@ -185,6 +185,128 @@ func (SandboxState) EnumDescriptor() ([]byte, []int) {
 	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{1}
 }
 
+// StintBegan is the event that began a stint.
+type StintBegan int32
+
+const (
+	// Never sent.
+	StintBegan_STINT_BEGAN_UNSPECIFIED StintBegan = 0
+	// The host registered the sandbox as a new one.
+	StintBegan_STINT_BEGAN_REGISTERED StintBegan = 1
+	// A restore claimed the sandbox.
+	StintBegan_STINT_BEGAN_CLAIMED StintBegan = 2
+	// The host registered the sandbox as a clone of another one.
+	StintBegan_STINT_BEGAN_CLONED StintBegan = 3
+)
+
+// Enum value maps for StintBegan.
+var (
+	StintBegan_name = map[int32]string{
+		0: "STINT_BEGAN_UNSPECIFIED",
+		1: "STINT_BEGAN_REGISTERED",
+		2: "STINT_BEGAN_CLAIMED",
+		3: "STINT_BEGAN_CLONED",
+	}
+	StintBegan_value = map[string]int32{
+		"STINT_BEGAN_UNSPECIFIED": 0,
+		"STINT_BEGAN_REGISTERED":  1,
+		"STINT_BEGAN_CLAIMED":     2,
+		"STINT_BEGAN_CLONED":      3,
+	}
+)
+
+func (x StintBegan) Enum() *StintBegan {
+	p := new(StintBegan)
+	*p = x
+	return p
+}
+
+func (x StintBegan) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (StintBegan) Descriptor() protoreflect.EnumDescriptor {
+	return file_nsalloc_v1_types_proto_enumTypes[2].Descriptor()
+}
+
+func (StintBegan) Type() protoreflect.EnumType {
+	return &file_nsalloc_v1_types_proto_enumTypes[2]
+}
+
+func (x StintBegan) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use StintBegan.Descriptor instead.
+func (StintBegan) EnumDescriptor() ([]byte, []int) {
+	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{2}
+}
+
+// StintOver is the event that a stint was over by.
+type StintOver int32
+
+const (
+	// The stint lasts.
+	StintOver_STINT_OVER_UNSPECIFIED StintOver = 0
+	// A dump killed the tree, and whoever has the images may claim the sandbox.
+	StintOver_STINT_OVER_HANDED_OFF StintOver = 1
+	// The claim was given back: nothing of the tree ever ran.
+	StintOver_STINT_OVER_RELEASED StintOver = 2
+	// The processes were seen gone, and not through a hand-off.
+	StintOver_STINT_OVER_ENDED StintOver = 3
+	// The host was given up while the sandbox ran there, or was dumped.
+	StintOver_STINT_OVER_FENCED StintOver = 4
+	// The host was given up while it was restoring the sandbox: nothing of the tree counts as having run.
+	StintOver_STINT_OVER_CLAIM_FENCED StintOver = 5
+)
+
+// Enum value maps for StintOver.
+var (
+	StintOver_name = map[int32]string{
+		0: "STINT_OVER_UNSPECIFIED",
+		1: "STINT_OVER_HANDED_OFF",
+		2: "STINT_OVER_RELEASED",
+		3: "STINT_OVER_ENDED",
+		4: "STINT_OVER_FENCED",
+		5: "STINT_OVER_CLAIM_FENCED",
+	}
+	StintOver_value = map[string]int32{
+		"STINT_OVER_UNSPECIFIED":  0,
+		"STINT_OVER_HANDED_OFF":   1,
+		"STINT_OVER_RELEASED":     2,
+		"STINT_OVER_ENDED":        3,
+		"STINT_OVER_FENCED":       4,
+		"STINT_OVER_CLAIM_FENCED": 5,
+	}
+)
+
+func (x StintOver) Enum() *StintOver {
+	p := new(StintOver)
+	*p = x
+	return p
+}
+
+func (x StintOver) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (StintOver) Descriptor() protoreflect.EnumDescriptor {
+	return file_nsalloc_v1_types_proto_enumTypes[3].Descriptor()
+}
+
+func (StintOver) Type() protoreflect.EnumType {
+	return &file_nsalloc_v1_types_proto_enumTypes[3]
+}
+
+func (x StintOver) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use StintOver.Descriptor instead.
+func (StintOver) EnumDescriptor() ([]byte, []int) {
+	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{3}
+}
+
 // CheckpointState says what may be done with the images of one dump.
 type CheckpointState int32
 
@@ -230,11 +352,11 @@ func (x CheckpointState) String() string {
 }
 
 func (CheckpointState) Descriptor() protoreflect.EnumDescriptor {
-	return file_nsalloc_v1_types_proto_enumTypes[2].Descriptor()
+	return file_nsalloc_v1_types_proto_enumTypes[4].Descriptor()
 }
 
 func (CheckpointState) Type() protoreflect.EnumType {
-	return &file_nsalloc_v1_types_proto_enumTypes[2]
+	return &file_nsalloc_v1_types_proto_enumTypes[4]
 }
 
 func (x CheckpointState) Number() protoreflect.EnumNumber {
@@ -243,7 +365,7 @@ func (x CheckpointState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CheckpointState.Descriptor instead.
 func (CheckpointState) EnumDescriptor() ([]byte, []int) {
-	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{2}
+	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{4}
 }
 
 // PolicyAction is what a pool's policy orders for a restore.
@@ -291,11 +413,11 @@ func (x PolicyAction) String() string {
 }
 
 func (PolicyAction) Descriptor() protoreflect.EnumDescriptor {
-	return file_nsalloc_v1_types_proto_enumTypes[3].Descriptor()
+	return file_nsalloc_v1_types_proto_enumTypes[5].Descriptor()
 }
 
 func (PolicyAction) Type() protoreflect.EnumType {
-	return &file_nsalloc_v1_types_proto_enumTypes[3]
+	return &file_nsalloc_v1_types_proto_enumTypes[5]
 }
 
 func (x PolicyAction) Number() protoreflect.EnumNumber {
@@ -304,7 +426,60 @@ func (x PolicyAction) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PolicyAction.Descriptor instead.
 func (PolicyAction) EnumDescriptor() ([]byte, []int) {
-	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{3}
+	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{5}
+}
+
+// PoolState says whether serials may be issued.
+type PoolState int32
+
+const (
+	// Never sent.
+	PoolState_POOL_STATE_UNSPECIFIED PoolState = 0
+	// Serials are issued.
+	PoolState_POOL_STATE_OPEN PoolState = 1
+	// The store may have lost history; nothing is issued until the generation was raised.
+	PoolState_POOL_STATE_RECOVERING PoolState = 2
+)
+
+// Enum value maps for PoolState.
+var (
+	PoolState_name = map[int32]string{
+		0: "POOL_STATE_UNSPECIFIED",
+		1: "POOL_STATE_OPEN",
+		2: "POOL_STATE_RECOVERING",
+	}
+	PoolState_value = map[string]int32{
+		"POOL_STATE_UNSPECIFIED": 0,
+		"POOL_STATE_OPEN":        1,
+		"POOL_STATE_RECOVERING":  2,
+	}
+)
+
+func (x PoolState) Enum() *PoolState {
+	p := new(PoolState)
+	*p = x
+	return p
+}
+
+func (x PoolState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (PoolState) Descriptor() protoreflect.EnumDescriptor {
+	return file_nsalloc_v1_types_proto_enumTypes[6].Descriptor()
+}
+
+func (PoolState) Type() protoreflect.EnumType {
+	return &file_nsalloc_v1_types_proto_enumTypes[6]
+}
+
+func (x PoolState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use PoolState.Descriptor instead.
+func (PoolState) EnumDescriptor() ([]byte, []int) {
+	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{6}
 }
 
 // Range is count serials that follow each other.
@@ -602,10 +777,10 @@ type Stint struct {
 	From *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=from,proto3" json:"from,omitempty"`
 	// To when; absent while it lasts.
 	To *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=to,proto3" json:"to,omitempty"`
-	// The event that began it: "registered" or "claimed".
-	Began string `protobuf:"bytes,5,opt,name=began,proto3" json:"began,omitempty"`
-	// The event that ended it, such as "handed off", "released", "ended".
-	Over string `protobuf:"bytes,6,opt,name=over,proto3" json:"over,omitempty"`
+	// The event that began it.
+	Began StintBegan `protobuf:"varint,5,opt,name=began,proto3,enum=nsalloc.v1.StintBegan" json:"began,omitempty"`
+	// The event that it was over by; unspecified while it lasts.
+	Over StintOver `protobuf:"varint,6,opt,name=over,proto3,enum=nsalloc.v1.StintOver" json:"over,omitempty"`
 	// The checkpoint that it began from; 0 when no restore made it.
 	Checkpoint uint64 `protobuf:"fixed64,7,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
 	// Who made the change that began it, such as "host/a".
@@ -672,18 +847,18 @@ func (x *Stint) GetTo() *timestamppb.Timestamp {
 	return nil
 }
 
-func (x *Stint) GetBegan() string {
+func (x *Stint) GetBegan() StintBegan {
 	if x != nil {
 		return x.Began
 	}
-	return ""
+	return StintBegan_STINT_BEGAN_UNSPECIFIED
 }
 
-func (x *Stint) GetOver() string {
+func (x *Stint) GetOver() StintOver {
 	if x != nil {
 		return x.Over
 	}
-	return ""
+	return StintOver_STINT_OVER_UNSPECIFIED
 }
 
 func (x *Stint) GetCheckpoint() uint64 {
@@ -1143,8 +1318,8 @@ type Pool struct {
 	Uuid string `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"`
 	// The current generation: 1 to 32767.
 	Generation uint32 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
-	// Serials may be issued; else the pool recovers.
-	Open bool `protobuf:"varint,3,opt,name=open,proto3" json:"open,omitempty"`
+	// Whether serials may be issued.
+	State PoolState `protobuf:"varint,3,opt,name=state,proto3,enum=nsalloc.v1.PoolState" json:"state,omitempty"`
 	// The format of its records.
 	Format uint32 `protobuf:"varint,4,opt,name=format,proto3" json:"format,omitempty"`
 	// What unusual restores get.
@@ -1197,11 +1372,11 @@ func (x *Pool) GetGeneration() uint32 {
 	return 0
 }
 
-func (x *Pool) GetOpen() bool {
+func (x *Pool) GetState() PoolState {
 	if x != nil {
-		return x.Open
+		return x.State
 	}
-	return false
+	return PoolState_POOL_STATE_UNSPECIFIED
 }
 
 func (x *Pool) GetFormat() uint32 {
@@ -1242,14 +1417,14 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\bClaimant\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x10\n" +
-	"\x03run\x18\x03 \x01(\tR\x03run\"\xed\x01\n" +
+	"\x03run\x18\x03 \x01(\tR\x03run\"\x9c\x02\n" +
 	"\x05Stint\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\x12.\n" +
 	"\x04from\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04from\x12*\n" +
-	"\x02to\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02to\x12\x14\n" +
-	"\x05began\x18\x05 \x01(\tR\x05began\x12\x12\n" +
-	"\x04over\x18\x06 \x01(\tR\x04over\x12\x1e\n" +
+	"\x02to\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02to\x12,\n" +
+	"\x05began\x18\x05 \x01(\x0e2\x16.nsalloc.v1.StintBeganR\x05began\x12)\n" +
+	"\x04over\x18\x06 \x01(\x0e2\x15.nsalloc.v1.StintOverR\x04over\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\a \x01(\x06R\n" +
 	"checkpoint\x12\x14\n" +
@@ -1300,13 +1475,13 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\x06Policy\x12,\n" +
 	"\x04live\x18\x01 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\x04live\x12,\n" +
 	"\x04over\x18\x02 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\x04over\x122\n" +
-	"\aunknown\x18\x03 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\aunknown\"\x92\x01\n" +
+	"\aunknown\x18\x03 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\aunknown\"\xab\x01\n" +
 	"\x04Pool\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x02 \x01(\rR\n" +
-	"generation\x12\x12\n" +
-	"\x04open\x18\x03 \x01(\bR\x04open\x12\x16\n" +
+	"generation\x12+\n" +
+	"\x05state\x18\x03 \x01(\x0e2\x15.nsalloc.v1.PoolStateR\x05state\x12\x16\n" +
 	"\x06format\x18\x04 \x01(\rR\x06format\x12*\n" +
 	"\x06policy\x18\x05 \x01(\v2\x12.nsalloc.v1.PolicyR\x06policy*\xf4\x01\n" +
 	"\rNamespaceType\x12\x1e\n" +
@@ -1325,7 +1500,20 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\x14SANDBOX_STATE_DUMPED\x10\x02\x12\x1c\n" +
 	"\x18SANDBOX_STATE_IN_TRANSIT\x10\x03\x12\x19\n" +
 	"\x15SANDBOX_STATE_CLAIMED\x10\x04\x12\x17\n" +
-	"\x13SANDBOX_STATE_ENDED\x10\x05*\xa3\x01\n" +
+	"\x13SANDBOX_STATE_ENDED\x10\x05*v\n" +
+	"\n" +
+	"StintBegan\x12\x1b\n" +
+	"\x17STINT_BEGAN_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16STINT_BEGAN_REGISTERED\x10\x01\x12\x17\n" +
+	"\x13STINT_BEGAN_CLAIMED\x10\x02\x12\x16\n" +
+	"\x12STINT_BEGAN_CLONED\x10\x03*\xa5\x01\n" +
+	"\tStintOver\x12\x1a\n" +
+	"\x16STINT_OVER_UNSPECIFIED\x10\x00\x12\x19\n" +
+	"\x15STINT_OVER_HANDED_OFF\x10\x01\x12\x17\n" +
+	"\x13STINT_OVER_RELEASED\x10\x02\x12\x14\n" +
+	"\x10STINT_OVER_ENDED\x10\x03\x12\x15\n" +
+	"\x11STINT_OVER_FENCED\x10\x04\x12\x1b\n" +
+	"\x17STINT_OVER_CLAIM_FENCED\x10\x05*\xa3\x01\n" +
 	"\x0fCheckpointState\x12 \n" +
 	"\x1cCHECKPOINT_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15CHECKPOINT_STATE_OPEN\x10\x01\x12\x19\n" +
@@ -1337,7 +1525,11 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\x13POLICY_ACTION_CLONE\x10\x01\x12\x18\n" +
 	"\x14POLICY_ACTION_RESUME\x10\x02\x12\x17\n" +
 	"\x13POLICY_ACTION_ADOPT\x10\x03\x12\x18\n" +
-	"\x14POLICY_ACTION_REFUSE\x10\x04B;Z9github.com/nsalloc/nsalloc/api/proto/nsalloc/v1;nsallocv1b\x06proto3"
+	"\x14POLICY_ACTION_REFUSE\x10\x04*W\n" +
+	"\tPoolState\x12\x1a\n" +
+	"\x16POOL_STATE_UNSPECIFIED\x10\x00\x12\x13\n" +
+	"\x0fPOOL_STATE_OPEN\x10\x01\x12\x19\n" +
+	"\x15POOL_STATE_RECOVERING\x10\x02B;Z9github.com/nsalloc/nsalloc/api/proto/nsalloc/v1;nsallocv1b\x06proto3"
 
 var (
 	file_nsalloc_v1_types_proto_rawDescOnce sync.Once
@@ -1351,56 +1543,62 @@ func file_nsalloc_v1_types_proto_rawDescGZIP() []byte {
 	return file_nsalloc_v1_types_proto_rawDescData
 }
 
-var file_nsalloc_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_nsalloc_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
 var file_nsalloc_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_nsalloc_v1_types_proto_goTypes = []any{
 	(NamespaceType)(0),            // 0: nsalloc.v1.NamespaceType
 	(SandboxState)(0),             // 1: nsalloc.v1.SandboxState
-	(CheckpointState)(0),          // 2: nsalloc.v1.CheckpointState
-	(PolicyAction)(0),             // 3: nsalloc.v1.PolicyAction
-	(*Range)(nil),                 // 4: nsalloc.v1.Range
-	(*KernelId)(nil),              // 5: nsalloc.v1.KernelId
-	(*Binding)(nil),               // 6: nsalloc.v1.Binding
-	(*Claimant)(nil),              // 7: nsalloc.v1.Claimant
-	(*Stint)(nil),                 // 8: nsalloc.v1.Stint
-	(*Sandbox)(nil),               // 9: nsalloc.v1.Sandbox
-	(*Checkpoint)(nil),            // 10: nsalloc.v1.Checkpoint
-	(*Host)(nil),                  // 11: nsalloc.v1.Host
-	(*Policy)(nil),                // 12: nsalloc.v1.Policy
-	(*Pool)(nil),                  // 13: nsalloc.v1.Pool
-	nil,                           // 14: nsalloc.v1.Sandbox.LabelsEntry
-	nil,                           // 15: nsalloc.v1.Host.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
+	(StintBegan)(0),               // 2: nsalloc.v1.StintBegan
+	(StintOver)(0),                // 3: nsalloc.v1.StintOver
+	(CheckpointState)(0),          // 4: nsalloc.v1.CheckpointState
+	(PolicyAction)(0),             // 5: nsalloc.v1.PolicyAction
+	(PoolState)(0),                // 6: nsalloc.v1.PoolState
+	(*Range)(nil),                 // 7: nsalloc.v1.Range
+	(*KernelId)(nil),              // 8: nsalloc.v1.KernelId
+	(*Binding)(nil),               // 9: nsalloc.v1.Binding
+	(*Claimant)(nil),              // 10: nsalloc.v1.Claimant
+	(*Stint)(nil),                 // 11: nsalloc.v1.Stint
+	(*Sandbox)(nil),               // 12: nsalloc.v1.Sandbox
+	(*Checkpoint)(nil),            // 13: nsalloc.v1.Checkpoint
+	(*Host)(nil),                  // 14: nsalloc.v1.Host
+	(*Policy)(nil),                // 15: nsalloc.v1.Policy
+	(*Pool)(nil),                  // 16: nsalloc.v1.Pool
+	nil,                           // 17: nsalloc.v1.Sandbox.LabelsEntry
+	nil,                           // 18: nsalloc.v1.Host.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
 }
 var file_nsalloc_v1_types_proto_depIdxs = []int32{
 	0,  // 0: nsalloc.v1.Binding.type:type_name -> nsalloc.v1.NamespaceType
-	5,  // 1: nsalloc.v1.Binding.kernel:type_name -> nsalloc.v1.KernelId
-	16, // 2: nsalloc.v1.Binding.bound:type_name -> google.protobuf.Timestamp
-	16, // 3: nsalloc.v1.Binding.gone:type_name -> google.protobuf.Timestamp
-	16, // 4: nsalloc.v1.Stint.from:type_name -> google.protobuf.Timestamp
-	16, // 5: nsalloc.v1.Stint.to:type_name -> google.protobuf.Timestamp
-	1,  // 6: nsalloc.v1.Sandbox.state:type_name -> nsalloc.v1.SandboxState
-	6,  // 7: nsalloc.v1.Sandbox.bindings:type_name -> nsalloc.v1.Binding
-	8,  // 8: nsalloc.v1.Sandbox.stints:type_name -> nsalloc.v1.Stint
-	14, // 9: nsalloc.v1.Sandbox.labels:type_name -> nsalloc.v1.Sandbox.LabelsEntry
-	7,  // 10: nsalloc.v1.Sandbox.claimant:type_name -> nsalloc.v1.Claimant
-	16, // 11: nsalloc.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
-	2,  // 12: nsalloc.v1.Checkpoint.state:type_name -> nsalloc.v1.CheckpointState
-	7,  // 13: nsalloc.v1.Checkpoint.claimant:type_name -> nsalloc.v1.Claimant
-	16, // 14: nsalloc.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
-	16, // 15: nsalloc.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
-	4,  // 16: nsalloc.v1.Host.granted:type_name -> nsalloc.v1.Range
-	15, // 17: nsalloc.v1.Host.labels:type_name -> nsalloc.v1.Host.LabelsEntry
-	16, // 18: nsalloc.v1.Host.hello:type_name -> google.protobuf.Timestamp
-	3,  // 19: nsalloc.v1.Policy.live:type_name -> nsalloc.v1.PolicyAction
-	3,  // 20: nsalloc.v1.Policy.over:type_name -> nsalloc.v1.PolicyAction
-	3,  // 21: nsalloc.v1.Policy.unknown:type_name -> nsalloc.v1.PolicyAction
-	12, // 22: nsalloc.v1.Pool.policy:type_name -> nsalloc.v1.Policy
-	23, // [23:23] is the sub-list for method output_type
-	23, // [23:23] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	8,  // 1: nsalloc.v1.Binding.kernel:type_name -> nsalloc.v1.KernelId
+	19, // 2: nsalloc.v1.Binding.bound:type_name -> google.protobuf.Timestamp
+	19, // 3: nsalloc.v1.Binding.gone:type_name -> google.protobuf.Timestamp
+	19, // 4: nsalloc.v1.Stint.from:type_name -> google.protobuf.Timestamp
+	19, // 5: nsalloc.v1.Stint.to:type_name -> google.protobuf.Timestamp
+	2,  // 6: nsalloc.v1.Stint.began:type_name -> nsalloc.v1.StintBegan
+	3,  // 7: nsalloc.v1.Stint.over:type_name -> nsalloc.v1.StintOver
+	1,  // 8: nsalloc.v1.Sandbox.state:type_name -> nsalloc.v1.SandboxState
+	9,  // 9: nsalloc.v1.Sandbox.bindings:type_name -> nsalloc.v1.Binding
+	11, // 10: nsalloc.v1.Sandbox.stints:type_name -> nsalloc.v1.Stint
+	17, // 11: nsalloc.v1.Sandbox.labels:type_name -> nsalloc.v1.Sandbox.LabelsEntry
+	10, // 12: nsalloc.v1.Sandbox.claimant:type_name -> nsalloc.v1.Claimant
+	19, // 13: nsalloc.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
+	4,  // 14: nsalloc.v1.Checkpoint.state:type_name -> nsalloc.v1.CheckpointState
+	10, // 15: nsalloc.v1.Checkpoint.claimant:type_name -> nsalloc.v1.Claimant
+	19, // 16: nsalloc.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
+	19, // 17: nsalloc.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
+	7,  // 18: nsalloc.v1.Host.granted:type_name -> nsalloc.v1.Range
+	18, // 19: nsalloc.v1.Host.labels:type_name -> nsalloc.v1.Host.LabelsEntry
+	19, // 20: nsalloc.v1.Host.hello:type_name -> google.protobuf.Timestamp
+	5,  // 21: nsalloc.v1.Policy.live:type_name -> nsalloc.v1.PolicyAction
+	5,  // 22: nsalloc.v1.Policy.over:type_name -> nsalloc.v1.PolicyAction
+	5,  // 23: nsalloc.v1.Policy.unknown:type_name -> nsalloc.v1.PolicyAction
+	6,  // 24: nsalloc.v1.Pool.state:type_name -> nsalloc.v1.PoolState
+	15, // 25: nsalloc.v1.Pool.policy:type_name -> nsalloc.v1.Policy
+	26, // [26:26] is the sub-list for method output_type
+	26, // [26:26] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_nsalloc_v1_types_proto_init() }
@@ -1413,7 +1611,7 @@ func file_nsalloc_v1_types_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nsalloc_v1_types_proto_rawDesc), len(file_nsalloc_v1_types_proto_rawDesc)),
-			NumEnums:      4,
+			NumEnums:      7,
 			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
