@@ -30,6 +30,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/stats"
+	"google.golang.org/protobuf/proto"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
@@ -42,6 +43,9 @@ const HostMetadata = "nsalloc-host"
 const (
 	// maxAnswer bounds one answer. A page is a megabyte or so; one registration's answer can be larger.
 	maxAnswer = 32 << 20
+	// maxRequest is what a server takes. Found here it is a clear refusal; the transport's would leave open
+	// whether it came before or after the commit.
+	maxRequest = 4 << 20
 	// maxCall bounds one call, however far the caller's own deadline is: what waits at a server that is
 	// gone without a word is asked again elsewhere.
 	maxCall = 10 * time.Second
@@ -213,6 +217,12 @@ func identify(host string) grpc.UnaryClientInterceptor {
 
 // convert makes every error of a call the domain's.
 func convert(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	if m, ok := req.(proto.Message); ok {
+		if n := proto.Size(m); n > maxRequest {
+			return &alloc.Error{Reason: alloc.ReasonTooLarge, Msg: fmt.Sprintf("the request has %d bytes, a server takes %d; nothing was sent", n, maxRequest),
+				Fix: "split it"}
+		}
+	}
 	ctx, cancel := context.WithTimeout(ctx, maxCall)
 	defer cancel()
 	left := new(atomic.Bool)

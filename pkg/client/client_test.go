@@ -56,6 +56,11 @@ func TestNobodyThere(t *testing.T) {
 	if _, _, err := c.Pool(t.Context()); !errors.Is(err, alloc.ErrUnavailable) {
 		t.Errorf("a read: %v", err)
 	}
+	// What no server would take is refused before it leaves, so that it is no unknown outcome.
+	big := alloc.RegisterCommand{Items: []alloc.RegisterItem{{Labels: map[string]string{"x": strings.Repeat("x", maxRequest)}}}}
+	if _, _, err := c.Register(t.Context(), big); !errors.Is(err, alloc.ErrTooLarge) || Again(err) {
+		t.Errorf("a request of more than %d bytes: %v", maxRequest, err)
+	}
 }
 
 func TestRequestIDs(t *testing.T) {

@@ -162,9 +162,12 @@ func FromError(err error, sent Sent) error {
 	}
 	switch s.Code() {
 	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
-	case codes.Unimplemented, codes.Unauthenticated, codes.PermissionDenied, codes.InvalidArgument, codes.ResourceExhausted:
+	case codes.Unimplemented, codes.Unauthenticated, codes.PermissionDenied, codes.InvalidArgument:
 		return err // refused before anybody looked at it
 	default:
+		// RESOURCE_EXHAUSTED among them: without a refusal of ours it may be a request that was too large to
+		// be looked at, but also an answer that is too large to be taken, after the commit, or a connection
+		// that was closed for too many pings (ENHANCE_YOUR_CALM) in the middle of everything.
 		if sent != MaybeSent {
 			return err
 		}
