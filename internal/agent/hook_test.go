@@ -27,9 +27,9 @@ func TestHookRefusals(t *testing.T) {
 	images := writeImages(t, "run", containerTypes...)
 	c, other := h.criu(), h.criu()
 	for name, o := range map[string]order{
-		"the descriptor of CRIU is missing": {Action: criuhook.PreDump, Init: tree.pid, Images: images, Without: []string{criuhook.FDCRIU}},
-		"CRIU named no root task":           {Action: criuhook.PreDump, Images: images},
-		"its parent is":                     {Action: criuhook.PostDump, Init: tree.pid, Images: images, Claims: other.pid},
+		"let CRIU execute nsalloc-hook": {Action: criuhook.PreDump, Init: tree.pid, Images: images, Without: []string{criuhook.FDCRIU}},
+		"CRIU named no root task":       {Action: criuhook.PreDump, Images: images},
+		"its parent is":                 {Action: criuhook.PostDump, Init: tree.pid, Images: images, Claims: other.pid},
 	} {
 		if s := c.order(o); s.Verdict != criuhook.Veto || !strings.Contains(s.Message, name) {
 			t.Errorf("%s: %+v", name, s)
