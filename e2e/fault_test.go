@@ -262,7 +262,8 @@ func TestAgentKilledInPostRestore(t *testing.T) {
 }
 
 // TestCRIUKilledInPostRestore: CRIU dies and leaves the tree parked: before the root has its namespaces,
-// before the hook's answer, after its 0, and with the agent gone too. The tree never ran; the agent ends
+// before the hook's answer, after its 0, with the agent gone too, and with
+// the agent's disk lost. The tree never ran; the agent ends
 // it, and the images can be restored again.
 func TestCRIUKilledInPostRestore(t *testing.T) {
 	p := newPool(t, "a", "b")
@@ -271,16 +272,21 @@ func TestCRIUKilledInPostRestore(t *testing.T) {
 	for _, c := range []struct {
 		action string
 		when   int
-		agent  bool
+		agent  bool // the agent is killed before
+		disk   bool // and loses its disk
 	}{
-		{"setup-namespaces", afterHook, false},
-		{"post-restore", beforeHook, false},
-		{"post-restore", afterHook, false},
-		{"post-restore", afterHook, true},
+		{"setup-namespaces", afterHook, false, false},
+		{"post-restore", beforeHook, false, false},
+		{"post-restore", afterHook, false, false},
+		{"post-restore", afterHook, true, false},
+		{"post-restore", beforeHook, true, true},
 	} {
 		commands := killCRIU
+		if c.disk {
+			commands = "rm -rf /var/lib/nsalloc/agent; " + commands
+		}
 		if c.agent {
-			commands = p.killAgent("b") + "; " + killCRIU
+			commands = p.killAgent("b") + "; " + commands
 		}
 		heal := p.at("b", c.action, c.when, commands)
 		if s.restore("b", "") == nil {

@@ -199,8 +199,10 @@ func (p *pool) stored(s alloc.Serial) client.Found {
 func (p *pool) reaches(s alloc.Serial, state alloc.SandboxState, host string) client.Found {
 	p.t.Helper()
 	var f client.Found
-	p.eventually(fmt.Sprintf("sandbox %s is %s on host %s", s, state, host), func() error {
-		f = p.stored(s)
+	p.eventually(fmt.Sprintf("sandbox %s is %s on host %s", s, state, host), func() (err error) {
+		if f, err = p.Client().Sandbox(p.ctx(), s, true); err != nil {
+			return err
+		}
 		if f.Sandbox.State != state || f.Sandbox.Owner != host {
 			return fmt.Errorf("it is %s on host %s, epoch %s", f.Sandbox.State, f.Sandbox.Owner, f.Sandbox.Epoch)
 		}
