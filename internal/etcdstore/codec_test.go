@@ -52,7 +52,7 @@ func fill(t *rapid.T, v reflect.Value, name string) {
 	case words[v.Type()] != nil:
 		v.SetString(rapid.SampledFrom(words[v.Type()]).Draw(t, name))
 		return
-	case name == "Extra":
+	case strings.HasSuffix(name, "Extra"):
 		v.SetBytes(drawExtra(t))
 		return
 	}
@@ -209,7 +209,8 @@ func TestNotReadable(t *testing.T) {
 		"unknown field":         {sandbox(func(m *storepb.Sandbox) { unknown(m) }), nil},
 		"unknown in a binding":  {sandbox(func(m *storepb.Sandbox) { unknown(m.Bindings[0]) }), nil},
 		"unknown in a kernelid": {sandbox(func(m *storepb.Sandbox) { unknown(m.Bindings[0].Kernel) }), alloc.ErrFormat},
-		"unknown in a claim":    {sandbox(func(m *storepb.Sandbox) { unknown(m.Claim.Claimant) }), alloc.ErrFormat},
+		"unknown in a claim":    {sandbox(func(m *storepb.Sandbox) { unknown(m.Claim) }), nil},
+		"unknown in a claimant": {sandbox(func(m *storepb.Sandbox) { unknown(m.Claim.Claimant) }), alloc.ErrFormat},
 	} {
 		value, err := proto.Marshal(c.m)
 		if err != nil {

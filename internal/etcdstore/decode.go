@@ -96,8 +96,11 @@ func newer(m protoreflect.Message, open bool) (err error) {
 
 // growing tells the messages inside of records that have an Extra in the domain.
 func growing(d protoreflect.MessageDescriptor) bool {
-	name := d.Name()
-	return name == "Binding" || name == "Stint"
+	switch d.Name() {
+	case "Policy", "Claim", "Binding", "Stint":
+		return true
+	}
+	return false
 }
 
 // decoder turns messages into domain values; err is the first thing that has no domain form.
@@ -189,7 +192,7 @@ func (d *decoder) pool(m *storepb.Pool) *alloc.Pool {
 			Over:    domain(d, actions, m.Policy.GetOver()),
 			Unknown: domain(d, actions, m.Policy.GetUnknown()),
 		},
-		Format: int(m.Format), Nonce: m.Nonce, Extra: unknown(m),
+		Format: int(m.Format), Nonce: m.Nonce, PolicyExtra: unknown(m.Policy), Extra: unknown(m),
 	}
 }
 
@@ -206,7 +209,7 @@ func (d *decoder) sandbox(m *storepb.Sandbox) *alloc.Sandbox {
 		s.Stints = append(s.Stints, d.stint(st))
 	}
 	if c := m.Claim; c != nil {
-		s.Claim = &alloc.Claim{From: domain(d, sandboxStates, c.From)}
+		s.Claim = &alloc.Claim{From: domain(d, sandboxStates, c.From), Extra: unknown(c)}
 		if who := d.claimant(c.Claimant); who != nil {
 			s.Claim.Claimant = *who
 		} else {

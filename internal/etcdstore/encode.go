@@ -109,11 +109,11 @@ func (e *encoder) pool(p *alloc.Pool) proto.Message {
 	}
 	return extra(&storepb.Pool{
 		Uuid: p.UUID, Generation: uint32(p.Generation), State: stored(e, poolStates, p.State),
-		Policy: &storepb.Policy{
+		Policy: extra(&storepb.Policy{
 			Live:    stored(e, actions, p.Policy.Live),
 			Over:    stored(e, actions, p.Policy.Over),
 			Unknown: stored(e, actions, p.Policy.Unknown),
-		},
+		}, p.PolicyExtra),
 		Format: uint32(p.Format), Nonce: p.Nonce,
 	}, p.Extra)
 }
@@ -131,7 +131,7 @@ func (e *encoder) sandbox(s *alloc.Sandbox) proto.Message {
 		m.Stints = append(m.Stints, e.stint(st))
 	}
 	if c := s.Claim; c != nil {
-		m.Claim = &storepb.Claim{Claimant: claimant(&c.Claimant), From: stored(e, sandboxStates, c.From)}
+		m.Claim = extra(&storepb.Claim{Claimant: claimant(&c.Claimant), From: stored(e, sandboxStates, c.From)}, c.Extra)
 	}
 	if p := s.Parent; p != nil {
 		m.Parent = &storepb.Parent{Sandbox: uint64(p.Sandbox), Checkpoint: uint64(p.Checkpoint)}

@@ -8,10 +8,10 @@
 // /nsalloc/1/POOL/KIND/ID. It is not an API; only internal/etcdstore reads and writes it.
 //
 // How it may change. Field numbers and enum values are never used twice. A newer version may add
-// fields to the records (Pool, Counter, Host, Sandbox, OldStint, Checkpoint, Request) and to Binding
-// and Stint: an older version keeps what it does not know there and writes it back. All other
-// messages are closed: they never grow, because nothing would carry their unknown fields through the
-// domain; what belongs to them goes into the record around them. An older version refuses a record
+// fields to the records (Pool, Counter, Host, Sandbox, OldStint, Checkpoint, Request) and to Policy,
+// Claim, Binding and Stint: an older version keeps what it does not know there and writes it back. All
+// other messages are closed: they are identities and numbers that are compared as a whole, and never
+// grow; what belongs to them goes into the message around them. An older version refuses a record
 // with an unknown field in a closed message, or with an enum value that it does not know.
 
 package storepb
@@ -562,7 +562,7 @@ func (x *Pool) GetNonce() string {
 	return ""
 }
 
-// Policy says what a restore gets when it is not the straight continuation of its sandbox. Closed.
+// Policy says what a restore gets when it is not the straight continuation of its sandbox.
 type Policy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// For consumed images, or a copy, while their sandbox lives.
@@ -1400,7 +1400,7 @@ func (x *Claimant) GetRun() string {
 	return ""
 }
 
-// Claim is a claimant with the way back. Closed.
+// Claim is a claimant with the way back.
 type Claim struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Who claims.

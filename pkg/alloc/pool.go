@@ -26,6 +26,9 @@ type Pool struct {
 	// Nonce is drawn anew with every generation, so that two recoveries that could not hear of each
 	// other are told apart.
 	Nonce string `json:"-"`
+	// PolicyExtra holds what a newer version stored in the policy. It stands here so that a Policy can be
+	// compared and replaced without it.
+	PolicyExtra []byte `json:"-"`
 	// Extra holds the fields of the stored record that this version does not know, so that writing
 	// the record back loses nothing that a newer version put there. Only stores touch it.
 	Extra []byte `json:"-"`

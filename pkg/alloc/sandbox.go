@@ -121,6 +121,8 @@ type Claimant struct {
 type Claim struct {
 	Claimant
 	From SandboxState `json:"from"` // StateInTransit or StateEnded
+	// Extra holds what a newer version stored in this claim; see Pool.Extra.
+	Extra []byte `json:"-"`
 }
 
 // Parent says what a clone was made from.

@@ -55,16 +55,21 @@ func testKeepsEveryKind(t *testing.T, s alloc.Store) {
 func testKeepsExtra(t *testing.T, s alloc.Store) {
 	// Field 1000 of the stored form, a varint: what a newer version might have put there.
 	extra := []byte{0xc0, 0x3e, 0x07}
-	sb := &alloc.Sandbox{Serial: Serial(t, 1), State: alloc.StateRunning, Owner: "a", Epoch: 1<<48 + 1, Extra: extra,
-		Bindings: []alloc.Binding{{Serial: Serial(t, 2), Type: alloc.PID, Extra: extra}},
-		Stints:   []alloc.Stint{{Host: "a", Epoch: 1<<48 + 1, Began: alloc.BeganRegistered, Extra: extra}}}
-	put(t, s, sb)
-	for range 2 { // read, write what was read, read
-		e := get(t, s, sb.Key())[0]
-		if !reflect.DeepEqual(e.Record, sb) {
-			t.Fatalf("put %+v\ngot %+v", sb, e.Record)
+	for _, rec := range []alloc.Record{
+		&alloc.Sandbox{Serial: Serial(t, 1), State: alloc.StateClaimed, Owner: "a", Epoch: 1<<48 + 1, Extra: extra,
+			Bindings: []alloc.Binding{{Serial: Serial(t, 2), Type: alloc.PID, Extra: extra}},
+			Stints:   []alloc.Stint{{Host: "a", Epoch: 1<<48 + 1, Began: alloc.BeganClaimed, Extra: extra}},
+			Claim:    &alloc.Claim{Claimant: alloc.Claimant{Host: "a", Run: "1"}, From: alloc.StateInTransit, Extra: extra}},
+		&alloc.Pool{UUID: "u", State: alloc.PoolOpen, Policy: alloc.DefaultPolicy(), PolicyExtra: extra, Extra: extra},
+	} {
+		put(t, s, rec)
+		for range 2 { // read, write what was read, read
+			e := get(t, s, rec.Key())[0]
+			if !reflect.DeepEqual(e.Record, rec) {
+				t.Fatalf("put %+v\ngot %+v", rec, e.Record)
+			}
+			put(t, s, e.Record)
 		}
-		put(t, s, e.Record)
 	}
 }
 

@@ -142,7 +142,7 @@ func TestRecords(t *testing.T) {
 			same(t, HostFromWire(through(t, HostToWire(want))), &clean)
 		case *alloc.Pool:
 			clean := *want
-			clean.Nonce, clean.Extra = "", nil
+			clean.Nonce, clean.PolicyExtra, clean.Extra = "", nil, nil
 			same(t, PoolFromWire(through(t, PoolToWire(want))), &clean)
 		}
 	}
