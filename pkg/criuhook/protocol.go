@@ -21,7 +21,11 @@ const (
 	// AgentDeadline is how long an agent takes at most.
 	AgentDeadline = 9 * time.Second
 
+	// MaxFDs is how many descriptors come with a request at most.
+	MaxFDs = 8
+
 	maxAction = 64      // bytes of an action's name
+	maxFDName = 64      // bytes of a descriptor's name
 	maxText   = 4096    // bytes of a message or path
 	maxPID    = 1 << 22 // PID_MAX_LIMIT of the kernel's include/linux/threads.h
 )
@@ -37,7 +41,9 @@ const (
 	NotifyRPC Caller = "notify"
 )
 
-// Names of the descriptors that come with a request by SCM_RIGHTS, in the order of Request.FDs.
+// Names of the descriptors that come with a request by SCM_RIGHTS, in the order of Request.FDs. A newer
+// hook of the same version may send more: whoever receives one that it does not know closes it, and does
+// nothing else with it.
 const (
 	// FDCRIU is a pidfd of the CRIU process. It is missing when CRIU was gone by the time the sender
 	// looked: then the request came late, and says nothing of what lives now (but see ParentUnseen).
@@ -67,7 +73,8 @@ type Request struct {
 	// namespace. CRIUPID and InitPID are then numbers of CRIU's own PID namespace and no pidfd comes
 	// along: who needs one finds CRIU as the parent of its peer (SO_PEERPIDFD), which waits meanwhile.
 	ParentUnseen bool `json:"parent_unseen,omitempty"`
-	// FDs names the descriptors that came along, in their order.
+	// FDs names the descriptors that came along, in their order: at most MaxFDs, each name once, of a-z,
+	// 0-9 and '-'.
 	FDs []string `json:"fds"`
 }
 
@@ -119,26 +126,33 @@ func (r Request) validate() error {
 	switch {
 	case r.Version != ProtocolVersion:
 		return versionError(r.Version)
-	case !r.Action.wellFormed():
+	case !wellFormed(string(r.Action), maxAction):
 		return fmt.Errorf("hook request: action %.64q is not 1 to %d of a-z, 0-9 and '-'", string(r.Action), maxAction)
 	case r.Caller != Script && r.Caller != NotifyRPC:
 		return fmt.Errorf("hook request: caller %.64q is not %q or %q", string(r.Caller), Script, NotifyRPC)
 	case r.CRIUPID <= 0 || r.CRIUPID > maxPID || r.InitPID < 0 || r.InitPID > maxPID:
 		return fmt.Errorf("hook request: pid of CRIU %d or of init %d is out of range (1 to %d)", r.CRIUPID, r.InitPID, maxPID)
 	}
+	if len(r.FDs) > MaxFDs {
+		return fmt.Errorf("hook request: %d descriptors are named, %d are allowed", len(r.FDs), MaxFDs)
+	}
 	seen := map[string]bool{}
 	for _, name := range r.FDs {
-		if name != FDCRIU && name != FDInit && name != FDImages || seen[name] {
-			return fmt.Errorf("hook request: descriptor %.64q is unknown or named twice", name)
+		switch {
+		case !wellFormed(name, maxFDName):
+			return fmt.Errorf("hook request: descriptor name %.64q is not 1 to %d of a-z, 0-9 and '-'", name, maxFDName)
+		case seen[name]:
+			return fmt.Errorf("hook request: descriptor %q stands twice; none may, be it known, unknown or named by a newer release", name)
 		}
 		seen[name] = true
 	}
 	return nil
 }
 
-// wellFormed reports whether a has the form of CRIU's action names, so that nothing else gets into logs.
-func (a Action) wellFormed() bool {
-	return a != "" && len(a) <= maxAction && strings.IndexFunc(string(a), func(r rune) bool {
+// wellFormed reports whether a name has the form of CRIU's action names, so that nothing else gets into
+// logs.
+func wellFormed(name string, most int) bool {
+	return name != "" && len(name) <= most && strings.IndexFunc(name, func(r rune) bool {
 		return r != '-' && (r < 'a' || r > 'z') && (r < '0' || r > '9')
 	}) < 0
 }

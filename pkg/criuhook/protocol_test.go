@@ -52,7 +52,12 @@ func TestWire(t *testing.T) {
 	if err != nil || string(b) != `{"version":1,"verdict":"veto","message":"why"}` {
 		t.Errorf("%s, %v", b, err)
 	}
-	// A newer agent of the same version may say more.
+	// A newer hook of the same version may send more.
+	r, err := DecodeRequest([]byte(`{"version":1,"action":"pre-dump","caller":"script","criu_pid":7,"fds":["criu","cgroup-2","init"],"more":1}`))
+	if err != nil || !reflect.DeepEqual(r.FDs, []string{FDCRIU, "cgroup-2", FDInit}) {
+		t.Errorf("%+v, %v", r, err)
+	}
+	// A newer agent may say more.
 	if r, err := DecodeResponse([]byte(`{"version":1,"verdict":"pass","more":[1]}`)); err != nil || r.Verdict != Pass {
 		t.Errorf("%+v, %v", r, err)
 	}
@@ -71,8 +76,12 @@ func TestRequestLimits(t *testing.T) {
 		"huge CRIU":             func(r *Request) { r.CRIUPID = maxPID + 1 },
 		"negative init":         func(r *Request) { r.InitPID = -1 },
 		"huge init":             func(r *Request) { r.InitPID = maxPID + 1 },
-		"unknown descriptor":    func(r *Request) { r.FDs = []string{"root"} },
 		"descriptor twice":      func(r *Request) { r.FDs = []string{FDInit, FDInit} },
+		"unknown one twice":     func(r *Request) { r.FDs = []string{"root", FDInit, "root"} },
+		"descriptor no name":    func(r *Request) { r.FDs = []string{""} },
+		"descriptor long name":  func(r *Request) { r.FDs = []string{strings.Repeat("a", maxFDName+1)} },
+		"descriptor newline":    func(r *Request) { r.FDs = []string{"init\n"} },
+		"too many descriptors":  func(r *Request) { r.FDs = strings.Split("a b c d e f g h i", " ") },
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := request()
@@ -180,7 +189,7 @@ func TestStages(t *testing.T) {
 		t.Errorf("%d stages", len(list))
 	}
 	for _, s := range list {
-		if got, ok := StageOf(s.Action); !ok || got != s || !s.Action.wellFormed() {
+		if got, ok := StageOf(s.Action); !ok || got != s || !wellFormed(string(s.Action), maxAction) {
 			t.Errorf("%+v, %v", got, ok)
 		}
 	}
