@@ -136,7 +136,7 @@ func (a *Agent) postDump(ctx context.Context, n *run, req *hookRequest) (string,
 	if dir == nil {
 		return "", errors.New("the image directory did not come along")
 	}
-	set, err := images.Read(dir)
+	set, err := images.ReadContext(ctx, dir)
 	if err != nil {
 		return "", err
 	}

@@ -21,7 +21,7 @@ func (a *Agent) preRestore(ctx context.Context, n *run, req *hookRequest) (strin
 	if dir == nil {
 		return "", errors.New("the image directory did not come along")
 	}
-	set, err := images.Read(dir)
+	set, err := images.ReadContext(ctx, dir)
 	if err != nil {
 		return "", err
 	}
@@ -143,7 +143,7 @@ func (a *Agent) postRestore(ctx context.Context, n *run, req *hookRequest) (stri
 	if dir == nil {
 		return "", errors.New("the image directory did not come along")
 	}
-	set, err := images.Read(dir)
+	set, err := images.ReadContext(ctx, dir)
 	if err != nil {
 		return "", err
 	}

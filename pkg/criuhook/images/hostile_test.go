@@ -4,6 +4,7 @@ package images
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"io/fs"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -88,7 +90,8 @@ func TestHostileImages(t *testing.T) {
 		"no namespaces":        func(m files) { m[ids] = image(magicIDs, message(1, 1, 2, 1, 3, 1, 4, 1)) },
 		"no root_ids":          func(m files) { m["inventory.img"] = image(magicInventory, message(1, 2)) },
 		"garbage":              func(m files) { m["inventory.img"] = image(magicInventory, []byte{0xff, 0xff, 0xff}) },
-		"too large":            func(m files) { m["inventory.img"] = make([]byte, maxImage+1) },
+		"too large":            func(m files) { m["inventory.img"] = make([]byte, maxInventory+1) },
+		"ids too large":        func(m files) { m[ids] = image(magicIDs, append(m[ids][12:], padding(maxIDs)...)) },
 		"run id not text": func(m files) {
 			m["inventory.img"] = image(magicInventory, append(m["inventory.img"][8:], fieldRunID<<3|2, 1, 0xff))
 		},
@@ -115,7 +118,7 @@ func TestHostileImages(t *testing.T) {
 				m[k] = bytes.Clone(v)
 			}
 			change(m)
-			s, err := read(m)
+			s, err := read(t.Context(), m)
 			if err == nil {
 				t.Errorf("accepted: %+v", s)
 			}
@@ -135,10 +138,112 @@ func TestHostileImages(t *testing.T) {
 			rest = rest[n:]
 		}
 		m["inventory.img"] = image(magicInventory, b)
-		if s, err := read(m); err != nil || s.RunID != "" {
+		if s, err := read(t.Context(), m); err != nil || s.RunID != "" {
 			t.Error(s, err)
 		}
 	})
+}
+
+// padding is a field that nobody knows, of n bytes and a few.
+func padding(n int) []byte {
+	return protowire.AppendBytes(protowire.AppendTag(nil, 999, protowire.BytesType), make([]byte, n))
+}
+
+// crowd is a source of maxTasks tasks, each with namespaces of its own. Their images are as large as they
+// may be, or small; done is called with the number of files that were read.
+type crowd struct {
+	large bool
+	n     int
+	done  func(n int)
+}
+
+func (c *crowd) read(name string, most int64) ([]byte, error) {
+	if c.n++; c.done != nil {
+		c.done(c.n)
+	}
+	var b []byte
+	switch {
+	case name == "inventory.img":
+		b = image(magicInventory, protowire.AppendBytes(protowire.AppendTag(message(1, 2), 3, protowire.BytesType), message(1, 1, 2, 1, 3, 1, 4, 1)))
+	case name == "pstree.img":
+		tasks := [][]byte{task(1, 0)}
+		for pid := uint64(2); pid <= maxTasks; pid++ {
+			tasks = append(tasks, task(pid, 1))
+		}
+		return image(magicPSTree, tasks...), nil
+	default:
+		ids := message(1, 1, 2, 1, 3, 1, 4, 1, 5, uint64(c.n), 6, uint64(c.n))
+		if c.large {
+			ids = append(ids, padding(int(most)-64)...)
+		}
+		b = image(magicIDs, ids)
+		if !strings.HasPrefix(name, "ids-") {
+			return nil, fs.ErrNotExist
+		}
+	}
+	if int64(len(b)) > most {
+		return nil, tooLarge(name, most)
+	}
+	return b, nil
+}
+
+// TestCrowd: as many tasks as there may be are read; not if each costs as much as one may; and not when
+// nobody waits any more.
+func TestCrowd(t *testing.T) {
+	if s, err := read(t.Context(), &crowd{}); err != nil || len(s.Tasks) != maxTasks {
+		t.Error(err)
+	}
+	large := &crowd{large: true}
+	if _, err := read(t.Context(), large); err == nil || !strings.Contains(err.Error(), "bytes were read") || large.n > maxTotal/(maxIDs-100)+3 {
+		t.Errorf("%v after %d files", err, large.n)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	left := errors.New("left")
+	c := &crowd{done: func(n int) {
+		if n == 1000 {
+			cancel(left)
+		}
+	}}
+	if _, err := read(ctx, c); !errors.Is(err, left) || c.n != 1000 {
+		t.Errorf("%v after %d files", err, c.n)
+	}
+}
+
+// TestSparseCrowd is a forged directory: one file says that there are maxTasks tasks, and the ids of each
+// are as large as they may be, or sparse and larger. It costs little time to refuse it.
+func TestSparseCrowd(t *testing.T) {
+	dir := t.TempDir()
+	c := &crowd{large: true}
+	for name, most := range map[string]int64{"inventory.img": maxInventory, "pstree.img": maxPSTree, "ids-1.img": maxIDs} {
+		b, err := c.read(name, most)
+		if err = errors.Join(err, os.WriteFile(filepath.Join(dir, name), b, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for pid := 2; pid <= maxTasks; pid++ {
+		name := filepath.Join(dir, idsName(Task{VPID: pid}))
+		err := os.Link(filepath.Join(dir, "ids-1.img"), name)
+		if errors.Is(err, syscall.EMLINK) {
+			err = os.Symlink("ids-1.img", name) // never reached: the budget is spent long before
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	began := time.Now()
+	_, err := Read(open(t, dir))
+	if took := time.Since(began); err == nil || !strings.Contains(err.Error(), "bytes were read") || took > 4*time.Second {
+		t.Errorf("%v after %v", err, took)
+	}
+	for i := range 2 {
+		name := filepath.Join(dir, idsName(Task{VPID: i + 1}))
+		if err := errors.Join(os.Remove(name), os.WriteFile(name, nil, 0o600), os.Truncate(name, 1<<20)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := Read(open(t, dir)); err == nil || !strings.Contains(err.Error(), "larger than") {
+		t.Errorf("sparse ids: %v", err)
+	}
 }
 
 // TestHostileFiles is about what else can stand in the place of an image.
@@ -196,7 +301,7 @@ func FuzzRead(f *testing.F) {
 		f.Add(m["inventory.img"], m["pstree.img"], m[idsName(mustRead(f, dir).Root())], m["netns-9.img"])
 	}
 	f.Fuzz(func(t *testing.T, inventory, pstree, ids, netns []byte) {
-		s, err := read(fuzzed{inventory, pstree, ids, netns})
+		s, err := read(t.Context(), fuzzed{inventory, pstree, ids, netns})
 		if err != nil {
 			return
 		}

@@ -9,12 +9,13 @@
 // post-restore are both sides complete: earlier the images are not written, or the mount namespace is a
 // temporary one and the cgroup namespace still the host's.
 //
-// The images are input that somebody may have made up. Read takes regular files of bounded size through
-// one directory descriptor, follows no link, and either understands them or returns an error. CRIU
+// The images are input that somebody may have made up. Read takes regular files of bounded size, and no
+// more than 64 MiB of them, through one directory descriptor, follows no link, and either understands them or returns an error. CRIU
 // itself trusts its images with root's power; see the documentation on trust.
 package images
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -82,10 +83,14 @@ func (s *Set) Own() bool {
 	})
 }
 
-// Read reads the images in a directory. The descriptor may be O_PATH; its offset is neither used nor
-// changed, and it stays the caller's.
-func Read(dir *os.File) (*Set, error) {
-	s, err := read(directory{dir})
+// Read is ReadContext without an end.
+func Read(dir *os.File) (*Set, error) { return ReadContext(context.Background(), dir) }
+
+// ReadContext reads the images in a directory. The descriptor may be O_PATH; its offset is neither used
+// nor changed, and it stays the caller's. When ctx ends it stops before the next file, with ctx's cause in
+// the error's chain.
+func ReadContext(ctx context.Context, dir *os.File) (*Set, error) {
+	s, err := read(ctx, directory{dir})
 	if err != nil {
 		return nil, fmt.Errorf("images in %s: %w", dir.Name(), err)
 	}

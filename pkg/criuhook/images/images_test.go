@@ -181,7 +181,7 @@ func TestDigest(t *testing.T) {
 		name = filepath.Base(name)
 		b := m[name]
 		b[len(b)-1] ^= 1
-		s, err := read(m)
+		s, err := read(t.Context(), m)
 		counts := !strings.HasPrefix(name, "netns-")
 		if changed := err != nil || s.Digest != before; changed != counts {
 			t.Errorf("%s: after a change of one bit: digest changed %v (%v)", name, changed, err)
@@ -191,12 +191,12 @@ func TestDigest(t *testing.T) {
 	m := load(t, "testdata/nested")
 	tasks := mustRead(t, "testdata/nested").Tasks
 	m[idsName(tasks[1])] = m[idsName(tasks[1])][:20]
-	if s, err := read(m); err == nil {
+	if s, err := read(t.Context(), m); err == nil {
 		t.Errorf("accepted: %+v", s)
 	}
 	// Without its ids image a live task looks dead, so that must show too.
 	delete(m, idsName(tasks[1]))
-	if s, err := read(m); err != nil || s.Digest == before {
+	if s, err := read(t.Context(), m); err != nil || s.Digest == before {
 		t.Errorf("an ids image was removed: %v", err)
 	}
 }

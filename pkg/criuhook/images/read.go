@@ -3,6 +3,7 @@
 package images
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -25,13 +26,17 @@ import (
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
-// Limits of what is read. Real images are far below them; a forged one costs little more than its size.
+// Limits of what is read. Real images are far below them; a forged one costs little more than its size,
+// and a forged directory no more than maxTotal.
 const (
-	maxTasks  = 65536
-	maxPSTree = 16 << 20 // a task is some 20 bytes, and 2 to 4 for each of its threads
-	maxImage  = 1 << 20  // inventory, ids: some 100 bytes; netns: sysctls, some KB
-	maxPID    = 1 << 22  // PID_MAX_LIMIT of the kernel's include/linux/threads.h
-	maxText   = 4096     // keys of external namespaces
+	maxTasks     = 65536
+	maxInventory = 64 << 10 // some 100 bytes, and the names of CRIU's plugins
+	maxPSTree    = 16 << 20 // a task is some 20 bytes, and 2 to 4 for each of its threads
+	maxIDs       = 4 << 10  // 36 bytes; 12 numbers, none of which can have more than 11
+	maxNS        = 1 << 20  // netns: sysctls, some KB
+	maxTotal     = 64 << 20 // all of one directory: maxTasks tasks have 16 + 4 MiB
+	maxPID       = 1 << 22  // PID_MAX_LIMIT of the kernel's include/linux/threads.h
+	maxText      = 4096     // keys of external namespaces
 )
 
 // Magic numbers of CRIU's images (criu/include/magic.h; go-criu's package magic has the same).
@@ -106,12 +111,14 @@ func tooLarge(name string, most int64) error {
 
 // reader reads one set and sums it up on the way: what is parsed is what is hashed.
 type reader struct {
-	src source
-	sum hash.Hash
+	ctx  context.Context
+	src  source
+	left int64 // of maxTotal
+	sum  hash.Hash
 }
 
-func read(src source) (*Set, error) {
-	r := reader{src, sha256.New()}
+func read(ctx context.Context, src source) (*Set, error) {
+	r := reader{ctx, src, maxTotal, sha256.New()}
 	s := &Set{External: map[ID]string{}}
 	if err := r.inventory(s); err != nil {
 		return nil, err
@@ -133,7 +140,7 @@ func read(src source) (*Set, error) {
 
 func (r *reader) inventory(s *Set) error {
 	const name = "inventory.img"
-	entries, err := r.image(name, magicInventory, maxImage)
+	entries, err := r.image(name, magicInventory, maxInventory)
 	if err != nil {
 		return err
 	}
@@ -187,7 +194,7 @@ func idsName(t Task) string { return "ids-" + strconv.Itoa(t.VPID) + ".img" }
 
 func (r *reader) ids(t *Task) error {
 	name := idsName(*t)
-	entries, err := r.image(name, magicIDs, maxImage)
+	entries, err := r.image(name, magicIDs, maxIDs)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil // a zombie (dump_one_zombie writes a core image and no more)
 	}
@@ -240,7 +247,7 @@ func (r *reader) externalKey(id ID) (string, error) {
 		e, key, magic = m, m.GetExtKey, magicPIDNS
 	}
 	name := string(id.Type) + "ns-" + strconv.FormatUint(uint64(id.CRIU), 10) + ".img"
-	b, err := r.src.read(name, maxImage)
+	b, err := r.file(name, maxNS)
 	if errors.Is(err, os.ErrNotExist) {
 		return "", nil // CRIU writes none for a PID namespace of the tree's own
 	}
@@ -260,9 +267,21 @@ func (r *reader) externalKey(id ID) (string, error) {
 	return key(), nil
 }
 
+// file reads a file, out of what is left to read.
+func (r *reader) file(name string, most int64) ([]byte, error) {
+	if r.ctx.Err() != nil {
+		return nil, fmt.Errorf("%s: not read: %w", name, context.Cause(r.ctx))
+	}
+	b, err := r.src.read(name, most)
+	if r.left -= int64(len(b)); r.left < 0 {
+		return nil, fmt.Errorf("%s: with it more than %d bytes were read to learn who is who, which no tree of up to %d tasks needs", name, int64(maxTotal), maxTasks)
+	}
+	return b, err
+}
+
 // image reads a file, sums it up and splits it.
 func (r *reader) image(name string, magic uint32, most int64) ([][]byte, error) {
-	b, err := r.src.read(name, most)
+	b, err := r.file(name, most)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%w: %w", err, ErrIncomplete)
 	}
