@@ -98,6 +98,7 @@ type Agent struct {
 
 	kick     chan struct{} // asks for a sweep now; holds one
 	settling settling
+	parked   map[task]bool // what the last look for forgotten trees saw; orphanLoop's
 	swept    atomic.Pointer[time.Time]
 	trouble  atomic.Pointer[string] // why the pool is not reached; nil when it is
 	poolRec  atomic.Pointer[alloc.Pool]

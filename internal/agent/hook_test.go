@@ -156,7 +156,7 @@ func TestGarbage(t *testing.T) {
 		"version 99":       []byte(`{"version":99}`),
 		"larger than":      big,
 		"descriptors came": []byte(strings.Replace(string(valid), `"fds":[]`, `"fds":["criu"]`, 1)),
-		"unknown or named": []byte(strings.Replace(string(valid), `"fds":[]`, `"fds":["criu","criu"]`, 1)),
+		"twice":            []byte(strings.Replace(string(valid), `"fds":[]`, `"fds":["criu","criu"]`, 1)),
 		"let CRIU execute": valid,
 	} {
 		c := h.dialHook()

@@ -115,8 +115,8 @@ func (a *Agent) fateOf(n *run, tasks []task) fate {
 
 // halfBuilt tells a task that CRIU is making from one that runs (tried with CRIU 4.1.1). Until it is in
 // the restorer a task executes CRIU's own program. The restorer blocks all signals first (restorer.c,
-// __export_restore_task), two of which no program that uses a C library can block, waits for each of
-// CRIU's steps in futex(2), and is the only code around in a mapping that is anonymous, writable and
+// __export_restore_task), which else only a C library does, for a moment and never while it waits; it
+// waits for each of CRIU's steps in futex(2), and is the only code around in a mapping that is anonymous, writable and
 // executable. All of it must fit to call a task parked, for each of its threads.
 func halfBuilt(t task, criu string) fate {
 	dir := "/proc/" + strconv.Itoa(t.PID)

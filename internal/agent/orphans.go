@@ -84,14 +84,19 @@ func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
 	return nil
 }
 
-// endHalfBuilt ends what a restore that nobody remembers has left in CRIU's restorer: trees that no run
-// we know is building, begun since that restore's CRIU was. It reports whether anything may be left.
+// endHalfBuilt ends what a restore that nobody remembers has left in CRIU's restorer: trees that no
+// restore we know works on, begun since that restore's CRIU was. A tree that was answered 0 stands in the
+// restorer too, until its CRIU lets it go. What is ended was seen so twice, a pause apart: a restore that
+// we do not know, because the hook was not there for it, does not stand still. It reports whether
+// anything may be left.
 func (a *Agent) endHalfBuilt(ctx context.Context, since uint64) (left bool, err error) {
 	procs, err := a.kernel.Sweep(ctx)
 	if err != nil {
 		return true, err
 	}
-	for _, p := range leaveOut(procs, a.runs.building()) {
+	before := a.parked
+	a.parked = map[task]bool{}
+	for _, p := range leaveOut(procs, a.runs.restoring()) {
 		t := task{p.PID, p.StartTime}
 		if p.StartTime < since || p.Ended || !a.ownsNamespace(p) || isDying(t) {
 			continue
@@ -102,6 +107,9 @@ func (a *Agent) endHalfBuilt(ctx context.Context, since uint64) (left bool, err 
 			left = true
 		case parked:
 			left = true
+			if a.parked[t] = true; !before[t] {
+				continue
+			}
 			a.log.Warn("a restore that no run on disk knows left a task that never ran; ending it", "pid", p.PID, "command", p.Comm)
 			if err := a.kill(t); err != nil {
 				return true, err

@@ -247,11 +247,19 @@ func (r *runs) gaveZero(checkpoint alloc.Serial) bool {
 // the sweep. CRIU's root task is its child, or, under a runtime that wants the tree for itself, its
 // sibling; once its number is known what else CRIU's parent starts is its own affair.
 func (r *runs) building() []tree {
+	return r.trees(func(rec runRecord) bool { return !rec.ZeroGiven })
+}
+
+// restoring lists the trees of building, and those that were answered 0 and whose CRIU may not have let
+// them go yet.
+func (r *runs) restoring() []tree { return r.trees(func(runRecord) bool { return true }) }
+
+func (r *runs) trees(of func(runRecord) bool) []tree {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var trees []tree
 	for _, rec := range r.seen {
-		if rec.Phase != criuhook.Restore || !rec.Over.IsZero() || rec.ZeroGiven || rec.BootID != r.a.bootID() {
+		if rec.Phase != criuhook.Restore || !rec.Over.IsZero() || rec.BootID != r.a.bootID() || !of(rec) {
 			continue
 		}
 		trees = append(trees, tree{pid: rec.CRIUPID, since: rec.CRIUStart})
