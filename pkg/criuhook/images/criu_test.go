@@ -3,6 +3,7 @@
 package images
 
 import (
+	"context"
 	"flag"
 	"os"
 	"os/exec"
@@ -10,21 +11,44 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
+
+	"github.com/nsalloc/nsalloc/internal/testhost"
 )
 
 var update = flag.Bool("update", false, "write what CRIU does now to testdata")
 
-// TestCRIU dumps and restores real trees and reads their images. With -update, testdata becomes what it
-// saw. It needs root, and the path of a root file system that has CRIU, iproute2 and util-linux in it
-// (Debian 13's do) in NSALLOC_TEST_ROOT.
-func TestCRIU(t *testing.T) {
-	root := os.Getenv("NSALLOC_TEST_ROOT")
-	switch {
-	case root == "":
-		t.Skip("NSALLOC_TEST_ROOT is not set: the path of a root file system with CRIU in it")
-	case os.Geteuid() != 0:
-		t.Skip("CRIU needs root")
+func TestMain(m *testing.M) {
+	testhost.Main()
+	os.Exit(m.Run())
+}
+
+// rootFS is a root file system that has CRIU, iproute2 and util-linux in it. A machine that cannot have
+// one leaves the test out; in CI that is a failure, or nobody would notice that nothing is tested.
+func rootFS(t *testing.T) string {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("dumps and restores with CRIU")
 	}
+	if err := testhost.Check(); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	defer cancel()
+	root, err := testhost.RootFS(ctx, os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
+// TestCRIU dumps and restores real trees and reads their images. With -update, testdata becomes what it
+// saw.
+func TestCRIU(t *testing.T) {
+	root := rootFS(t)
 	tree := filepath.Join(t.TempDir(), "tree")
 	build := exec.Command("go", "build", "-o", tree, "./testdata/tree")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0") // it runs in there, with no say in which libc
