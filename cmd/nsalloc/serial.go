@@ -90,17 +90,27 @@ func (c *cli) serialHistory(ctx context.Context, p *client.Client, serial alloc.
 	if day := c.oneDay(stints); day != "" {
 		sentence += "\nTimes are of " + day + "."
 	}
-	a := answer{doc: doc, before: sentence + "\n", table: func() *table { return c.stintTable(stints) }}
+	a := answer{doc: doc, before: c.wrapped(sentence) + "\n", table: func() *table { return c.stintTable(stints) }}
 	if len(stints) == 0 {
-		a.table, a.lines = nil, c.between(s.Stints, at)+"\n"
+		a.table, a.lines = nil, c.wrapped(c.between(s.Stints, at))+"\n"
 	}
 	for _, st := range stints {
 		a.names = append(a.names, st.Host)
 	}
 	if len(s.Stints) >= keptStints && s.Stints[0].Epoch.String() != "1.1" {
-		a.after = fmt.Sprintf("\nThe record keeps the last %d stints; there were earlier ones.", keptStints)
+		a.after = "\n" + c.wrapped(fmt.Sprintf("The record keeps the last %d stints; there were earlier ones.", keptStints))
 	}
 	return c.print(a)
+}
+
+// wrapped breaks each line of a text where the terminal ends; what is no terminal gets it as it is.
+func (c *cli) wrapped(text string) string {
+	most, _ := terminalWidth(c.out)
+	lines := strings.Split(text, "\n")
+	for i, line := range lines {
+		lines[i] = wrap(line, most, 0)
+	}
+	return strings.Join(lines, "\n")
 }
 
 // what says what a serial names.
