@@ -160,7 +160,7 @@ func (d *decoder) record(m proto.Message) alloc.Record {
 		return &alloc.Host{
 			Name: m.Name, Incarnation: alloc.Incarnation(m.Incarnation), Nonce: m.Nonce, BootID: m.BootId,
 			Granted: d.ranges(m.Granted), Labels: m.Labels, Hello: d.time(m.Hello),
-			Requests: d.marks(m.Requests), Extra: unknown(m),
+			Requests: alloc.RequestLog{Marks: d.marks(m.Requests), Forgotten: m.Forgotten}, Extra: unknown(m),
 		}
 	case *storepb.Sandbox:
 		return d.sandbox(m)
@@ -200,7 +200,7 @@ func (d *decoder) sandbox(m *storepb.Sandbox) *alloc.Sandbox {
 	s := &alloc.Sandbox{
 		Serial: alloc.Serial(m.Serial), State: domain(d, sandboxStates, m.State), Owner: m.Owner, Epoch: alloc.Epoch(m.Epoch),
 		OfHost: m.OfHost, Labels: m.Labels, Checkpoint: alloc.Serial(m.Checkpoint), Created: d.time(m.Created),
-		Requests: d.marks(m.Requests), Extra: unknown(m),
+		Requests: alloc.RequestLog{Marks: d.marks(m.Requests), Forgotten: m.Forgotten}, Extra: unknown(m),
 	}
 	for _, b := range m.Bindings {
 		s.Bindings = append(s.Bindings, d.binding(b))

@@ -81,7 +81,7 @@ func (e *encoder) record(rec alloc.Record) proto.Message {
 	case *alloc.Host:
 		return extra(&storepb.Host{
 			Name: r.Name, Incarnation: uint64(r.Incarnation), Nonce: r.Nonce, BootId: r.BootID,
-			Granted: ranges(r.Granted), Labels: r.Labels, Hello: e.time(r.Hello), Requests: marks(r.Requests),
+			Granted: ranges(r.Granted), Labels: r.Labels, Hello: e.time(r.Hello), Requests: marks(r.Requests.Marks), Forgotten: r.Requests.Forgotten,
 		}, r.Extra)
 	case *alloc.Sandbox:
 		return e.sandbox(r)
@@ -122,7 +122,7 @@ func (e *encoder) sandbox(s *alloc.Sandbox) proto.Message {
 	m := &storepb.Sandbox{
 		Serial: uint64(s.Serial), State: stored(e, sandboxStates, s.State), Owner: s.Owner, Epoch: uint64(s.Epoch),
 		OfHost: s.OfHost, Labels: s.Labels, Checkpoint: uint64(s.Checkpoint), Created: e.time(s.Created),
-		Requests: marks(s.Requests),
+		Requests: marks(s.Requests.Marks), Forgotten: s.Requests.Forgotten,
 	}
 	for _, b := range s.Bindings {
 		m.Bindings = append(m.Bindings, e.binding(b))

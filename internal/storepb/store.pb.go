@@ -746,6 +746,11 @@ func (x *Range) GetCount() uint64 {
 }
 
 // RequestMark is a request that changed the record that it stands in. Closed.
+//
+// A record keeps the last 32 of them, less those of which no server would answer the retry, and the
+// greatest id that ever left them. So a request is never applied twice, whatever clocks and however many
+// requests came between: an id that is marked is answered from the record, and any other one must be
+// greater than the forgotten one.
 type RequestMark struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The request's UUIDv7.
@@ -817,8 +822,10 @@ type Host struct {
 	Labels map[string]string `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// When the agent last started a life or a boot, by the server's clock.
 	Hello *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=hello,proto3" json:"hello,omitempty"`
-	// The last 8 requests that changed this record.
-	Requests      []*RequestMark `protobuf:"bytes,8,rep,name=requests,proto3" json:"requests,omitempty"`
+	// The last requests that changed this record, in the order of their commits.
+	Requests []*RequestMark `protobuf:"bytes,8,rep,name=requests,proto3" json:"requests,omitempty"`
+	// The greatest id that ever left requests; empty while none has.
+	Forgotten     string `protobuf:"bytes,9,opt,name=forgotten,proto3" json:"forgotten,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -909,6 +916,13 @@ func (x *Host) GetRequests() []*RequestMark {
 	return nil
 }
 
+func (x *Host) GetForgotten() string {
+	if x != nil {
+		return x.Forgotten
+	}
+	return ""
+}
+
 // Sandbox is the bindings that move together, under sandbox/SERIAL.
 type Sandbox struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -936,8 +950,10 @@ type Sandbox struct {
 	Parent *Parent `protobuf:"bytes,11,opt,name=parent,proto3" json:"parent,omitempty"`
 	// When it was registered first, by the server's clock.
 	Created *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=created,proto3" json:"created,omitempty"`
-	// The last 8 requests that changed this record.
-	Requests      []*RequestMark `protobuf:"bytes,13,rep,name=requests,proto3" json:"requests,omitempty"`
+	// The last requests that changed this record, in the order of their commits.
+	Requests []*RequestMark `protobuf:"bytes,13,rep,name=requests,proto3" json:"requests,omitempty"`
+	// The greatest id that ever left requests; empty while none has.
+	Forgotten     string `protobuf:"bytes,14,opt,name=forgotten,proto3" json:"forgotten,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1061,6 +1077,13 @@ func (x *Sandbox) GetRequests() []*RequestMark {
 		return x.Requests
 	}
 	return nil
+}
+
+func (x *Sandbox) GetForgotten() string {
+	if x != nil {
+		return x.Forgotten
+	}
+	return ""
 }
 
 // Binding ties a serial to a namespace.
@@ -1794,7 +1817,7 @@ const file_store_proto_rawDesc = "" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\"5\n" +
 	"\vRequestMark\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06digest\x18\x02 \x01(\fR\x06digest\"\x82\x03\n" +
+	"\x06digest\x18\x02 \x01(\fR\x06digest\"\xa0\x03\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12\x14\n" +
@@ -1803,10 +1826,11 @@ const file_store_proto_rawDesc = "" +
 	"\agranted\x18\x05 \x03(\v2\x17.nsalloc.store.v1.RangeR\agranted\x12:\n" +
 	"\x06labels\x18\x06 \x03(\v2\".nsalloc.store.v1.Host.LabelsEntryR\x06labels\x120\n" +
 	"\x05hello\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05hello\x129\n" +
-	"\brequests\x18\b \x03(\v2\x1d.nsalloc.store.v1.RequestMarkR\brequests\x1a9\n" +
+	"\brequests\x18\b \x03(\v2\x1d.nsalloc.store.v1.RequestMarkR\brequests\x12\x1c\n" +
+	"\tforgotten\x18\t \x01(\tR\tforgotten\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf0\x04\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8e\x05\n" +
 	"\aSandbox\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\x06R\x06serial\x124\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x1e.nsalloc.store.v1.SandboxStateR\x05state\x12\x14\n" +
@@ -1823,7 +1847,8 @@ const file_store_proto_rawDesc = "" +
 	" \x01(\v2\x17.nsalloc.store.v1.ClaimR\x05claim\x120\n" +
 	"\x06parent\x18\v \x01(\v2\x18.nsalloc.store.v1.ParentR\x06parent\x124\n" +
 	"\acreated\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x129\n" +
-	"\brequests\x18\r \x03(\v2\x1d.nsalloc.store.v1.RequestMarkR\brequests\x1a9\n" +
+	"\brequests\x18\r \x03(\v2\x1d.nsalloc.store.v1.RequestMarkR\brequests\x12\x1c\n" +
+	"\tforgotten\x18\x0e \x01(\tR\tforgotten\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x84\x02\n" +

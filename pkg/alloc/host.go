@@ -24,8 +24,8 @@ type Host struct {
 	Labels  map[string]string `json:"labels,omitempty"`
 	// Hello is when the agent last started a life or a boot, by the server's clock.
 	Hello time.Time `json:"hello"`
-	// Requests are the last 8 requests that changed this record.
-	Requests []RequestMark `json:"-"`
+	// Requests are the last ones that changed this record.
+	Requests RequestLog `json:"-"`
 	// Extra holds what a newer version stored in this record; see Pool.Extra.
 	Extra []byte `json:"-"`
 }

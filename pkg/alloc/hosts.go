@@ -88,7 +88,7 @@ func (s *Service) hello(pool *Pool, known *Host, cmd HelloCommand, digest Digest
 			Fix: "point the agent at the servers of its own pool, or give it an empty state directory"}
 	}
 	host := known.in(pool.Generation)
-	found, err := marked(host.Requests, cmd.RequestID, digest)
+	found, err := host.Requests.find(cmd.RequestID, digest)
 	if err == nil && found && host.Nonce != cmd.Nonce {
 		// To answer the record as it is would give this life the incarnation and the ranges of the other.
 		err = staleIncarnation(cmd.Host, "another life of its agent's state has said Hello since this request")
@@ -105,7 +105,7 @@ func (s *Service) hello(pool *Pool, known *Host, cmd HelloCommand, digest Digest
 		host.Incarnation = host.Incarnation.next(pool.Generation)
 	}
 	host.BootID, host.Labels, host.Hello = cmd.BootID, maps.Clone(cmd.Labels), s.now()
-	host.Requests = mark(host.Requests, cmd.RequestID, digest)
+	host.Requests = host.Requests.with(cmd.RequestID, digest, host.Hello)
 	return host, true, nil
 }
 
@@ -140,7 +140,7 @@ func (s *Service) Grant(ctx context.Context, cmd GrantCommand) (Ranges, error) {
 	keys := func() ([]Key, error) { return []Key{counterKey}, nil }
 	err = s.change(ctx, cmd.Mutation, keys, func(w *world) error {
 		granted = w.host.Granted
-		if found, err := marked(w.host.Requests, cmd.RequestID, digest); found || err != nil {
+		if found, err := w.host.Requests.find(cmd.RequestID, digest); found || err != nil {
 			return err
 		}
 		if len(w.host.Granted) >= MaxGrantedRanges {
@@ -156,7 +156,7 @@ func (s *Service) Grant(ctx context.Context, cmd GrantCommand) (Ranges, error) {
 		}
 		counter.Nonce = newNonce()
 		w.host.Granted = append(append(Ranges(nil), w.host.Granted...), r)
-		w.host.Requests = mark(w.host.Requests, cmd.RequestID, digest)
+		w.host.Requests = w.host.Requests.with(cmd.RequestID, digest, w.moment.Now)
 		granted = w.host.Granted
 		w.put(counter)
 		w.put(w.host)

@@ -55,7 +55,7 @@ func (s *Service) Register(ctx context.Context, cmd RegisterCommand) ([]*Sandbox
 	var granted Ranges
 	err = s.change(ctx, cmd.Mutation, func() ([]Key, error) { return keys, nil }, func(w *world) error {
 		out, granted = nil, w.host.Granted
-		done, err := marked(w.host.Requests, cmd.RequestID, digest)
+		done, err := w.host.Requests.find(cmd.RequestID, digest)
 		if err != nil {
 			return err
 		}
@@ -63,7 +63,7 @@ func (s *Service) Register(ctx context.Context, cmd RegisterCommand) ([]*Sandbox
 			if err := w.spend(cmd.Spend); err != nil {
 				return err
 			}
-			w.host.Requests = mark(w.host.Requests, cmd.RequestID, digest)
+			w.host.Requests = w.host.Requests.with(cmd.RequestID, digest, w.moment.Now)
 			if len(cmd.Spend) == 0 {
 				w.put(w.host)
 			}

@@ -21,14 +21,52 @@ func digestOf(body any) (Digest, error) {
 	return sha256.Sum256(b), nil
 }
 
-// marked looks for a request among the last ones that changed a record.
-func marked(marks []RequestMark, id string, d Digest) (bool, error) {
-	for _, m := range marks {
+// RequestLog is the requests that changed a record, kept in the record: it changes with what it tells of.
+//
+// What is not in Marks and not above Forgotten may have been committed, and is refused. That rests on no
+// clock: ids are compared with ids. A clock decides only whether a refusal is needless: a fresh id of a
+// caller whose clock is behind, on a record that had more than KeptRequests requests since the moment
+// that this clock shows.
+type RequestLog struct {
+	// Marks are the last requests, in the order of their commits.
+	Marks []RequestMark
+	// Forgotten is the greatest id that ever left Marks; "" while none has.
+	Forgotten string
+}
+
+// KeptRequests is how many marks a record keeps at most. Those that no server answers any more leave
+// earlier, so that a record of many requests, long ago, is small.
+const KeptRequests = 32
+
+// find looks for a request. It is an error when the request was of another body, or may have been
+// committed and forgotten.
+func (l RequestLog) find(id string, d Digest) (bool, error) {
+	for _, m := range l.Marks {
 		if m.ID == id {
 			return true, sameBody(id, m.Digest, d)
 		}
 	}
+	if id <= l.Forgotten { // UUIDv7s sort by their time
+		return false, &Error{Reason: ReasonRequestExpired, Subject: "request " + id,
+			Msg: "the record that it is about has forgotten requests as late as this one: whether it was committed cannot be told any more",
+			Fix: "look at what there is, and ask with a new id; if that is refused too, set the caller's clock right"}
+	}
 	return false, nil
+}
+
+// with is l after one more request.
+func (l RequestLog) with(id string, d Digest, now time.Time) RequestLog {
+	l.Marks = append(slices.Clone(l.Marks), RequestMark{ID: id, Digest: d})
+	for len(l.Marks) > KeptRequests || len(l.Marks) > 1 && l.Marks[0].older(now.Add(-sweepAge)) {
+		l.Forgotten = max(l.Forgotten, l.Marks[0].ID)
+		l.Marks = l.Marks[1:]
+	}
+	return l
+}
+
+func (m RequestMark) older(than time.Time) bool {
+	at, err := requestTime(m.ID)
+	return err == nil && at.Before(than)
 }
 
 func sameBody(id string, a, b Digest) error {
@@ -37,14 +75,6 @@ func sameBody(id string, a, b Digest) error {
 			Fix: "draw a new UUIDv7 for each intent"}
 	}
 	return nil
-}
-
-func mark(marks []RequestMark, id string, d Digest) []RequestMark {
-	marks = append(slices.Clone(marks), RequestMark{ID: id, Digest: d})
-	if len(marks) > keptRequests {
-		marks = marks[len(marks)-keptRequests:]
-	}
-	return marks
 }
 
 // RequestLife is how long the outcome of a request can be asked for under its id.

@@ -25,7 +25,6 @@ const (
 // Limits of a sandbox record.
 const (
 	keptStints   = 32
-	keptRequests = 8
 	maxLabels    = 32
 	maxLabelSize = 256
 )
@@ -54,8 +53,8 @@ type Sandbox struct {
 	Parent *Parent `json:"parent,omitempty"`
 	// Created is when the sandbox was registered first, by the server's clock.
 	Created time.Time `json:"created"`
-	// Requests are the last 8 requests that changed this record.
-	Requests []RequestMark `json:"-"`
+	// Requests are the last ones that changed this record.
+	Requests RequestLog `json:"-"`
 	// Extra holds what a newer version stored in this record; see Pool.Extra.
 	Extra []byte `json:"-"`
 }
@@ -163,7 +162,6 @@ func (s *Sandbox) closeStint(over StintOver, now time.Time) {
 func (s Sandbox) clone() Sandbox {
 	s.Bindings = append([]Binding(nil), s.Bindings...)
 	s.Stints = append([]Stint(nil), s.Stints...)
-	s.Requests = append([]RequestMark(nil), s.Requests...)
 	if s.Claim != nil {
 		c := *s.Claim
 		s.Claim = &c

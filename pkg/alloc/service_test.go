@@ -85,7 +85,7 @@ func share(t *testing.T, s alloc.Store) *sharing {
 
 // text is all that use cases could change in a record.
 func text(r alloc.Record) string {
-	var marks []alloc.RequestMark
+	var marks alloc.RequestLog
 	switch r := r.(type) {
 	case *alloc.Sandbox:
 		marks = r.Requests
@@ -94,7 +94,7 @@ func text(r alloc.Record) string {
 	}
 	b, _ := json.Marshal(struct {
 		R alloc.Record
-		M []alloc.RequestMark
+		M alloc.RequestLog
 	}{r, marks})
 	return string(b)
 }

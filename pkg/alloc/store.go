@@ -84,7 +84,7 @@ type Request struct {
 	Extra  []byte    `json:"-"`
 }
 
-// RequestMark is a request that changed a record, kept in the record.
+// RequestMark is a request that changed a record; see RequestLog.
 type RequestMark struct {
 	ID     string `json:"id"`
 	Digest Digest `json:"digest"`

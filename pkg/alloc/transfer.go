@@ -274,7 +274,7 @@ func (s *Service) move(ctx context.Context, m Mutation, body any, sandbox Serial
 				return err
 			}
 		}
-		found, err := marked(sb.Requests, m.RequestID, digest)
+		found, err := sb.Requests.find(m.RequestID, digest)
 		if err == nil && !found {
 			err = w.apply(&out, m, digest, choose)
 		}
@@ -299,7 +299,7 @@ func (w *world) apply(out *Handoff, m Mutation, digest Digest, choose func(*worl
 	if err != nil {
 		return err
 	}
-	next.Sandbox.Requests = mark(next.Sandbox.Requests, m.RequestID, digest)
+	next.Sandbox.Requests = next.Sandbox.Requests.with(m.RequestID, digest, w.moment.Now)
 	// One record stays bounded however long the history: older stints become records of their own.
 	for len(next.Sandbox.Stints) > keptStints {
 		w.put(&OldStint{Sandbox: next.Sandbox.Serial, Stint: next.Sandbox.Stints[0]})

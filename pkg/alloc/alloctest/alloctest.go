@@ -62,7 +62,7 @@ func Records(t testing.TB) []alloc.Record {
 	at := time.Date(2026, 2, 3, 4, 5, 6, 789, time.UTC)
 	digest := alloc.Digest{1, 2, 3}
 	ranges := alloc.Ranges{{First: Serial(t, 100), Count: 10}, {First: Serial(t, 500), Count: 1}}
-	marks := []alloc.RequestMark{{ID: "01936b2e-0000-7000-8000-000000000001", Digest: digest}}
+	marks := alloc.RequestLog{Marks: []alloc.RequestMark{{ID: "01936b2e-0000-7000-8000-000000000001", Digest: digest}}, Forgotten: "01936b2d-0000-7000-8000-000000000001"}
 	claimant := alloc.Claimant{Host: "b", BootID: boot, Run: "42/1000"}
 	stint := alloc.Stint{Host: "a", Epoch: 1<<48 + 1, From: at, To: at.Add(time.Hour), Began: alloc.BeganRegistered, Over: alloc.OverHandedOff, Actor: "host/a"}
 	return []alloc.Record{

@@ -42,6 +42,9 @@ func TestService(t *testing.T, factory func(t *testing.T) alloc.Store) {
 		{"OpenRefuses", testOpenRefuses},
 		{"LongHistory", testLongHistory},
 		{"StaleCallers", testStaleCallers},
+		{"ForgottenRequests", testForgotten},
+		{"ForgottenMoves", testForgottenMoves},
+		{"OldMarksLeave", testOldMarksLeave},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, NewPool(t, factory(t), alloc.DefaultPolicy())) })
 	}

@@ -351,8 +351,8 @@ func testLongHistory(t *testing.T, p *Pool) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(sb.Stints) != 32 || len(r.OldStints) != moves+1-32 || len(sb.Requests) != 8 {
-		t.Errorf("%d stints and %d older ones, %d requests", len(sb.Stints), len(r.OldStints), len(sb.Requests))
+	if len(sb.Stints) != 32 || len(r.OldStints) != moves+1-32 || len(sb.Requests.Marks) != alloc.KeptRequests {
+		t.Errorf("%d stints and %d older ones, %d requests", len(sb.Stints), len(r.OldStints), len(sb.Requests.Marks))
 	}
 	for i, o := range r.OldStints {
 		if want := alloc.Epoch(1<<48 + uint64(i) + 1); o.Stint.Epoch != want || o.Sandbox != sb.Serial || o.Stint.To.IsZero() {

@@ -119,7 +119,7 @@ func TestRecords(t *testing.T) {
 		case *alloc.Sandbox:
 			got := SandboxFromWire(through(t, SandboxToWire(want)))
 			clean := *want
-			clean.Requests, clean.Extra = nil, nil
+			clean.Requests, clean.Extra = alloc.RequestLog{}, nil
 			if clean.Claim != nil {
 				clean.Claim = &alloc.Claim{Claimant: clean.Claim.Claimant}
 			}
@@ -138,7 +138,7 @@ func TestRecords(t *testing.T) {
 			same(t, CheckpointFromWire(through(t, CheckpointToWire(want))), &clean)
 		case *alloc.Host:
 			clean := *want
-			clean.Nonce, clean.Requests, clean.Extra = "", nil, nil
+			clean.Nonce, clean.Requests, clean.Extra = "", alloc.RequestLog{}, nil
 			same(t, HostFromWire(through(t, HostToWire(want))), &clean)
 		case *alloc.Pool:
 			clean := *want

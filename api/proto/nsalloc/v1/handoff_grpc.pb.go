@@ -45,7 +45,7 @@ const (
 //
 // Errors of every call: STALE_INCARNATION and HOST_UNKNOWN (say Hello), STALE_EPOCH and NOT_OWNER
 // (the sandbox has gone elsewhere: nothing of the caller's counts any more), WRONG_STATE (the event does
-// not fit), SANDBOX_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_REUSED, CONFLICT, OUTCOME_UNKNOWN.
+// not fit), SANDBOX_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 type HandoffClient interface {
 	// Open records a dump whose images are complete while the tree is still frozen.
 	//
@@ -194,7 +194,7 @@ func (c *handoffClient) ListCheckpoints(ctx context.Context, in *ListCheckpoints
 //
 // Errors of every call: STALE_INCARNATION and HOST_UNKNOWN (say Hello), STALE_EPOCH and NOT_OWNER
 // (the sandbox has gone elsewhere: nothing of the caller's counts any more), WRONG_STATE (the event does
-// not fit), SANDBOX_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_REUSED, CONFLICT, OUTCOME_UNKNOWN.
+// not fit), SANDBOX_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 type HandoffServer interface {
 	// Open records a dump whose images are complete while the tree is still frozen.
 	//

@@ -39,14 +39,14 @@ type HostsClient interface {
 	// request of the older ones is STALE_INCARNATION, and what was left of their ranges is burned.
 	// A known life on a new boot keeps its incarnation and its ranges.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.
-	// Errors: REQUEST_REUSED, CONFLICT, OUTCOME_UNKNOWN.
+	// Errors: REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Hello(ctx context.Context, in *HelloRequest, opts ...grpc.CallOption) (*HelloResponse, error)
 	// Grant issues a range to the caller's host, to be spent by its registrations.
 	//
 	// Callers: a host, for itself.
 	// Committed when it answers: that the range is the host's, behind what it still holds.
 	// Errors: STALE_INCARNATION, HOST_UNKNOWN (say Hello first), EXHAUSTED (the pool, or the host
-	// holds 16 unfinished ranges), REQUEST_REUSED, CONFLICT, OUTCOME_UNKNOWN.
+	// holds 16 unfinished ranges), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Grant(ctx context.Context, in *GrantRequest, opts ...grpc.CallOption) (*GrantResponse, error)
 	// Get reads one host. Callers: anyone. Errors: HOST_UNKNOWN (NOT_FOUND).
 	Get(ctx context.Context, in *HostsGetRequest, opts ...grpc.CallOption) (*HostsGetResponse, error)
@@ -116,14 +116,14 @@ type HostsServer interface {
 	// request of the older ones is STALE_INCARNATION, and what was left of their ranges is burned.
 	// A known life on a new boot keeps its incarnation and its ranges.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.
-	// Errors: REQUEST_REUSED, CONFLICT, OUTCOME_UNKNOWN.
+	// Errors: REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Hello(context.Context, *HelloRequest) (*HelloResponse, error)
 	// Grant issues a range to the caller's host, to be spent by its registrations.
 	//
 	// Callers: a host, for itself.
 	// Committed when it answers: that the range is the host's, behind what it still holds.
 	// Errors: STALE_INCARNATION, HOST_UNKNOWN (say Hello first), EXHAUSTED (the pool, or the host
-	// holds 16 unfinished ranges), REQUEST_REUSED, CONFLICT, OUTCOME_UNKNOWN.
+	// holds 16 unfinished ranges), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Grant(context.Context, *GrantRequest) (*GrantResponse, error)
 	// Get reads one host. Callers: anyone. Errors: HOST_UNKNOWN (NOT_FOUND).
 	Get(context.Context, *HostsGetRequest) (*HostsGetResponse, error)

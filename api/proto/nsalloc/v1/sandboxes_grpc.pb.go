@@ -41,14 +41,14 @@ type SandboxesClient interface {
 	// Errors: STALE_INCARNATION, HOST_UNKNOWN, RANGE_MISMATCH (FAILED_PRECONDITION; another life of
 	// this state spent these serials: say Hello), NOT_OWNER, STALE_EPOCH, WRONG_STATE (an item changes a
 	// sandbox that is not running on the caller), ALREADY_BOUND, SANDBOX_NOT_FOUND, TOO_LARGE,
-	// REQUEST_REUSED, CONFLICT, OUTCOME_UNKNOWN.
+	// REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Register(ctx context.Context, in *RegisterRequest, opts ...grpc.CallOption) (*RegisterResponse, error)
 	// End records that a running sandbox of the caller is over: its processes were seen gone.
 	//
 	// Callers: a host, for itself.
 	// Ending it twice in the same epoch is the same as once. Its bindings stay, for ever.
 	// Errors: STALE_INCARNATION, STALE_EPOCH, NOT_OWNER, WRONG_STATE (it is being handed off: confirm
-	// or abort), SANDBOX_NOT_FOUND, REQUEST_REUSED, CONFLICT, OUTCOME_UNKNOWN.
+	// or abort), SANDBOX_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	End(ctx context.Context, in *EndRequest, opts ...grpc.CallOption) (*EndResponse, error)
 	// Get finds one sandbox by its own serial, by a namespace's, or by a live namespace's kernel id.
 	//
@@ -123,14 +123,14 @@ type SandboxesServer interface {
 	// Errors: STALE_INCARNATION, HOST_UNKNOWN, RANGE_MISMATCH (FAILED_PRECONDITION; another life of
 	// this state spent these serials: say Hello), NOT_OWNER, STALE_EPOCH, WRONG_STATE (an item changes a
 	// sandbox that is not running on the caller), ALREADY_BOUND, SANDBOX_NOT_FOUND, TOO_LARGE,
-	// REQUEST_REUSED, CONFLICT, OUTCOME_UNKNOWN.
+	// REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Register(context.Context, *RegisterRequest) (*RegisterResponse, error)
 	// End records that a running sandbox of the caller is over: its processes were seen gone.
 	//
 	// Callers: a host, for itself.
 	// Ending it twice in the same epoch is the same as once. Its bindings stay, for ever.
 	// Errors: STALE_INCARNATION, STALE_EPOCH, NOT_OWNER, WRONG_STATE (it is being handed off: confirm
-	// or abort), SANDBOX_NOT_FOUND, REQUEST_REUSED, CONFLICT, OUTCOME_UNKNOWN.
+	// or abort), SANDBOX_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	End(context.Context, *EndRequest) (*EndResponse, error)
 	// Get finds one sandbox by its own serial, by a namespace's, or by a live namespace's kernel id.
 	//

@@ -21,9 +21,16 @@
 // Every mutation carries a request id: a UUIDv7 in its 36-character form, made by the caller for one
 // intent. When an answer is lost the outcome is unknown (OUTCOME_UNKNOWN, or the transport's own
 // error): the same request sent again with the same id, at any server, gets what was committed and
-// never a second effect. The same id with another body gets REQUEST_REUSED. An id whose time is more
-// than 10 minutes old gets REQUEST_EXPIRED and never new serials; one whose time is more than a minute
-// ahead of the server's clock is INVALID_ARGUMENT.
+// never a second effect. An id is looked for where the request takes effect: in the record of the
+// caller's host (Hello, Grant, Register), of the sandbox (End and the Handoff service), or of the request
+// itself (Allocate). There, and only there, the same id with another body gets REQUEST_REUSED.
+//
+// REQUEST_EXPIRED means: whether this id was committed cannot be told any more, and nothing was changed
+// now. It is the answer to an id whose time is more than 10 minutes old, and to one that more than 32
+// later requests have pushed out of its record. The record rather refuses than forgets: an id that it does
+// not have must be greater than every one that it has dropped. So can a fresh id be refused of a caller
+// whose clock is behind: look at what there is, and ask again with a new id, or set the clock right. An
+// id whose time is more than a minute ahead of the server's clock is INVALID_ARGUMENT.
 
 package nsallocv1
 
