@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"go.yaml.in/yaml/v3"
+	"golang.org/x/sys/unix"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
@@ -155,5 +156,22 @@ func TestEveryOutputIsWithoutControlCharacters(t *testing.T) {
 		if strings.Contains(out+errs, "\x1b") {
 			t.Errorf("%s: an escape sequence comes through", args)
 		}
+	}
+}
+
+// TestSentencesWrap: a sentence ends where the terminal does, and nowhere else.
+func TestSentencesWrap(t *testing.T) {
+	terminal, screen := openTerminal(t)
+	defer terminal.Close()
+	if err := unix.IoctlSetWinsize(int(screen.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 24, Col: 50}); err != nil {
+		t.Fatal(err)
+	}
+	text := "0001000000000031 is the mnt namespace of sandbox 0001000000000030, which is running (x)\nTimes are of 2026-07-01."
+	got := (&cli{out: terminal}).wrapped(text)
+	if longest(got, palette{}) > 50 || strings.Count(got, "\n") != 2 || strings.ReplaceAll(got, "\n", " ") != strings.ReplaceAll(text, "\n", " ") {
+		t.Errorf("%q", got)
+	}
+	if got := (&cli{out: &bytes.Buffer{}}).wrapped(text); got != text {
+		t.Errorf("no terminal: %q", got)
 	}
 }
