@@ -113,6 +113,44 @@ func (c config) logger(w io.Writer) (*slog.Logger, error) {
 	return nil, usage("--log-format %q is not text or json", c.logFormat)
 }
 
+// check refuses what cannot be meant, before anything is opened or made.
+func (c config) check() error {
+	if err := alloc.ValidateName("pool name", c.etcd.pool); err != nil {
+		return usage("--pool: %w", err)
+	}
+	if _, err := c.etcd.store(); err != nil {
+		return err
+	}
+	if len(c.etcd.urls) == 0 && c.dataDir == "" {
+		return usage("--data-dir is empty: where is the etcd of its own to be?")
+	}
+	if len(c.listen) == 0 {
+		return usage("--listen: no address")
+	}
+	for _, address := range c.listen {
+		if _, err := parseAddress(address, c.insecure); err != nil {
+			return usage("--listen: %w", err)
+		}
+	}
+	if c.metrics != "" {
+		if _, err := parseAddress(c.metrics, true); err != nil {
+			return usage("--metrics: %w", err)
+		}
+	}
+	return nil
+}
+
+// initCommand is the command that creates the pool which this server misses.
+func (e etcdFlags) initCommand() string {
+	words := []string{"nsalloc", "pool", "init", "--etcd", strings.Join(e.urls, ","), "--pool", e.pool}
+	for _, f := range [][2]string{{"--etcd-cacert", e.ca}, {"--etcd-cert", e.cert}, {"--etcd-key", e.key}} {
+		if f[1] != "" {
+			words = append(words, f[0], f[1])
+		}
+	}
+	return strings.Join(words, " ")
+}
+
 // store is the client's configuration for an etcd that is not ours.
 func (e etcdFlags) store() (etcdstore.Config, error) {
 	cfg := etcdstore.Config{Endpoints: e.urls}

@@ -32,28 +32,49 @@ func (l listener) Close() error {
 	return err
 }
 
-// listen opens unix:///PATH or HOST:PORT. Plain text stays on this machine unless insecure.
-func listen(ctx context.Context, address string, insecure bool) (listener, error) {
-	if path, ok := strings.CutPrefix(address, "unix://"); ok {
-		return listenUnix(ctx, path)
+// address is where to listen: a path of a unix socket, or host and port.
+type address struct{ path, host, port string }
+
+// parseAddress understands unix:///PATH or HOST:PORT. Plain text stays on this machine unless insecure.
+func parseAddress(text string, insecure bool) (address, error) {
+	if path, ok := strings.CutPrefix(text, "unix://"); ok {
+		switch {
+		case !filepath.IsAbs(path):
+			return address{}, usage("address unix://%s: the path is not absolute; write unix:///PATH", path)
+		case len(path) > maxSocketPath:
+			return address{}, usage("address unix://%s: the path has %d bytes, the kernel takes %d", path, len(path), maxSocketPath)
+		}
+		return address{path: path}, nil
 	}
-	host, port, err := net.SplitHostPort(address)
-	if err != nil || strings.Contains(address, "/") {
-		return listener{}, usage("address %q is not unix:///PATH or HOST:PORT", address)
+	host, port, err := net.SplitHostPort(text)
+	if err != nil || strings.Contains(text, "/") {
+		return address{}, usage("address %q is not unix:///PATH or HOST:PORT", text)
 	}
 	if host == "" && !insecure {
 		host = "127.0.0.1"
 	}
 	if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) && !insecure {
-		return listener{}, usage("address %q is reached by other machines, in plain text, and whoever connects would be believed; listen on 127.0.0.1 or a unix socket, or say --insecure", address)
+		return address{}, usage("address %q is reached by other machines, in plain text, and whoever connects would be believed; listen on 127.0.0.1 or a unix socket, or say --insecure", text)
+	}
+	return address{host: host, port: port}, nil
+}
+
+// listen opens an address.
+func listen(ctx context.Context, text string, insecure bool) (listener, error) {
+	a, err := parseAddress(text, insecure)
+	switch {
+	case err != nil:
+		return listener{}, err
+	case a.path != "":
+		return listenUnix(ctx, a.path)
 	}
 	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(host, port))
+	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(a.host, a.port))
 	if err != nil {
-		return listener{}, fmt.Errorf("listen on %s: %w", address, err)
+		return listener{}, fmt.Errorf("listen on %s: %w", text, err)
 	}
 	if tcp, ok := l.Addr().(*net.TCPAddr); ok && !insecure && !tcp.IP.IsLoopback() { // what localhost resolved to
-		return listener{}, errors.Join(fmt.Errorf("listen on %s: it resolves to %s, which other machines reach", address, tcp), l.Close())
+		return listener{}, errors.Join(fmt.Errorf("listen on %s: it resolves to %s, which other machines reach", text, tcp), l.Close())
 	}
 	return listener{Listener: l, name: l.Addr().String()}, nil
 }
@@ -61,12 +82,6 @@ func listen(ctx context.Context, address string, insecure bool) (listener, error
 // listenUnix makes a socket that root alone can use. A socket that a dead server left behind is
 // replaced; the lock beside it keeps two servers that start at once from replacing each other's.
 func listenUnix(ctx context.Context, path string) (listener, error) {
-	switch {
-	case !filepath.IsAbs(path):
-		return listener{}, usage("address unix://%s: the path is not absolute; write unix:///PATH", path)
-	case len(path) > maxSocketPath:
-		return listener{}, usage("address unix://%s: the path has %d bytes, the kernel takes %d", path, len(path), maxSocketPath)
-	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return listener{}, fmt.Errorf("listen on %s: %w", path, err)
 	}

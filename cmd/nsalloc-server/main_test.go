@@ -189,6 +189,12 @@ func TestYourEtcd(t *testing.T) {
 	if _, _, err := c.Pool(t.Context()); !errors.Is(err, alloc.ErrPoolMissing) {
 		t.Errorf("without a pool: %v", err)
 	}
+	want := "nsalloc pool init --etcd " + etcd.Endpoint() + " --pool mine"
+	for began := time.Now(); !strings.Contains(p.stderr.String(), want); time.Sleep(5 * time.Millisecond) {
+		if time.Since(began) > 10*time.Second {
+			t.Fatalf("the log does not say %q", want)
+		}
+	}
 	initPool := func(more ...string) (string, error) {
 		var out bytes.Buffer
 		err := run(t.Context(), append([]string{"init-pool", "--etcd", etcd.Endpoint(), "--pool", "mine"}, more...), &out, io.Discard)
@@ -232,7 +238,7 @@ func TestAwayEtcd(t *testing.T) {
 
 func TestUsage(t *testing.T) {
 	dir := tempDir(t)
-	plain := filepath.Join(dir, "file")
+	plain, data := filepath.Join(dir, "file"), filepath.Join(dir, "data")
 	if err := os.WriteFile(plain, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -246,14 +252,18 @@ func TestUsage(t *testing.T) {
 		{[]string{"--log-level", "loud"}, 2, "--log-level"},
 		{[]string{"--log-format", "xml"}, 2, "--log-format"},
 		{[]string{"--pool", "../x"}, 2, "--pool"},
-		{[]string{"--data-dir", dir, "--listen", "0.0.0.0:0"}, 2, "--insecure"},
-		{[]string{"--data-dir", dir, "--listen", "[::]:0"}, 2, "--insecure"},
-		{[]string{"--data-dir", dir, "--listen", "192.0.2.1:1"}, 2, "--insecure"},
-		{[]string{"--data-dir", dir, "--listen", "nonsense"}, 2, "unix:///PATH"},
-		{[]string{"--data-dir", dir, "--listen", "unix://relative"}, 2, "absolute"},
-		{[]string{"--data-dir", dir, "--listen", "unix:///" + strings.Repeat("x", 200)}, 2, "the kernel takes"},
-		{[]string{"--data-dir", dir, "--listen", "unix://" + plain}, 1, "not a socket"},
+		{[]string{"--data-dir", data, "--listen", "0.0.0.0:0"}, 2, "--insecure"},
+		{[]string{"--data-dir", data, "--listen", "[::]:0"}, 2, "--insecure"},
+		{[]string{"--data-dir", data, "--listen", "192.0.2.1:1"}, 2, "--insecure"},
+		{[]string{"--data-dir", data, "--listen", "nonsense"}, 2, "unix:///PATH"},
+		{[]string{"--data-dir", data, "--listen", "unix://relative"}, 2, "absolute"},
+		{[]string{"--data-dir", data, "--listen", "unix:///" + strings.Repeat("x", 200)}, 2, "the kernel takes"},
+		{[]string{"--data-dir", data, "--listen", "unix://" + plain}, 1, "not a socket"},
 		{[]string{"--data-dir", plain, "--listen", ":0"}, 1, plain},
+		{[]string{"--data-dir", "", "--listen", ":0"}, 2, "--data-dir"},
+		{[]string{"--data-dir", data, "--listen", ":0", "--listen", ":none"}, 1, "none"},
+		{[]string{"--data-dir", data, "--listen", ":0", "--metrics", "nonsense"}, 2, "--metrics"},
+		{[]string{"--data-dir", data, "--etcd-cacert", plain}, 2, "--etcd"},
 		{[]string{"--etcd", "etcd-1:2379"}, 2, "https://"},
 		{[]string{"--etcd", "https://a:1,http://b:1"}, 2, "mixes"},
 		{[]string{"--etcd", "http://a:1", "--etcd-cacert", plain}, 2, "https"},
@@ -266,6 +276,9 @@ func TestUsage(t *testing.T) {
 		if exitCode(err) != c.code || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%q: exit code %d, %v; want %d and %q", c.args, exitCode(err), err, c.code, c.want)
 		}
+	}
+	if _, err := os.Stat(data); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("what was refused has left a data directory: %v", err)
 	}
 	var out bytes.Buffer
 	if err := run(t.Context(), []string{"--version"}, &out, io.Discard); err != nil || out.String() != "nsalloc-server "+version+"\n" {

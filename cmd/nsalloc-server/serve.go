@@ -26,20 +26,12 @@ const loadPatience = 10 * time.Second
 
 // serve runs the server until ctx ends. What is opened is closed in the opposite order.
 func serve(ctx context.Context, cfg config, log *slog.Logger, stdout io.Writer) (err error) {
-	if err := alloc.ValidateName("pool name", cfg.etcd.pool); err != nil {
-		return usage("--pool: %w", err)
-	}
-	if len(cfg.listen) == 0 {
-		return usage("--listen: no address")
+	if err := cfg.check(); err != nil {
+		return err
 	}
 	log.InfoContext(ctx, "starting", "version", version)
 
-	st, err := openStore(ctx, cfg, log)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, st.Close()) }()
-
+	// Before the store: a server that cannot listen leaves no data directory and no pool behind.
 	listeners, lines, err := openListeners(ctx, cfg)
 	defer func() {
 		for _, l := range listeners {
@@ -59,6 +51,12 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, stdout io.Writer) 
 		metrics, lines = l.Listener, append(lines, "metrics "+l.name)
 	}
 
+	st, err := openStore(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, st.Close()) }()
+
 	s := server.New(server.Config{Store: st.Store, Insecure: cfg.insecure, Logger: log, Metrics: metrics})
 	plain := make([]net.Listener, 0, len(listeners))
 	for _, l := range listeners {
@@ -67,6 +65,7 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, stdout io.Writer) 
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.Run(gctx, plain...) })
 	g.Go(func() error { return st.watch(gctx, log) })
+	g.Go(func() error { return st.missPool(gctx, s.Loaded(), cfg.etcd, log) })
 	g.Go(func() error { return announce(gctx, s.Loaded(), cfg.readyFile, lines, log, stdout) })
 	g.Go(func() error { return watchdog(gctx) })
 	err = g.Wait()
@@ -203,6 +202,24 @@ func (s *store) watch(ctx context.Context, log *slog.Logger) error {
 	case <-ctx.Done():
 		return nil
 	}
+}
+
+// missPool says how to create the pool where there is none once the store was read. A server never does
+// it by itself in an etcd that is not its own: one that has lost everything looks the same.
+func (s *store) missPool(ctx context.Context, loaded <-chan struct{}, etcd etcdFlags, log *slog.Logger) error {
+	if s.etcd != nil {
+		return nil
+	}
+	select {
+	case <-loaded:
+	case <-ctx.Done():
+		return nil
+	}
+	entries, _, err := s.Get(ctx, alloc.Key{Kind: alloc.KindPool})
+	if err == nil && entries[0].Record == nil {
+		log.WarnContext(ctx, "the store holds no pool; this server serves as soon as one is created", "create_it", etcd.initCommand())
+	}
+	return nil // an error is the view's to tell
 }
 
 func (s *store) Close() error {
