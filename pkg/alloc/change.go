@@ -77,7 +77,10 @@ type world struct {
 	host   *Host // a copy of the caller's record
 	moment Moment
 	get    map[Key]Entry
-	tx     Tx
+	// parents are the sandboxes that clones are made from, read before and not guarded: a sandbox never
+	// loses a serial, and a checkpoint never another sandbox.
+	parents map[Serial]*Sandbox
+	tx      Tx
 }
 
 func (w *world) sandbox(serial Serial) (*Sandbox, error) {

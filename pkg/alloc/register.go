@@ -23,11 +23,16 @@ type RegisterItem struct {
 	Gone    []Serial          `json:"gone,omitempty"`
 	Labels  map[string]string `json:"labels,omitempty"`
 	OfHost  bool              `json:"of_host,omitempty"`
-	// ParentCheckpoint makes a new sandbox a clone of that checkpoint's sandbox.
+	// ParentCheckpoint makes a new sandbox a clone of that checkpoint's sandbox. The parent of a binding is
+	// a serial of that sandbox, or 0.
 	ParentCheckpoint Serial `json:"parent_checkpoint,omitempty"`
 }
 
 // Register commits the items in one transaction.
+//
+// It refuses a live namespace that would stand under two serials in one request or in one sandbox. Between
+// a host's sandboxes nothing is compared: that there a live namespace has one serial too (P16) rests on
+// the host's agent, the only one who sees its namespaces, and Check verifies it.
 //
 // Committed when it returns: every item; what was spent and not used is burned. Errors: ErrInvalid,
 // ErrStaleIncarnation, ErrHostUnknown, ErrRange, ErrNotOwner, ErrStaleEpoch, ErrWrongState, ErrBound,
@@ -51,9 +56,14 @@ func (s *Service) Register(ctx context.Context, cmd RegisterCommand) ([]*Sandbox
 			keys = append(keys, k)
 		}
 	}
+	parents, err := s.parents(ctx, cmd)
+	if err != nil {
+		return nil, nil, err
+	}
 	var out []*Sandbox
 	var granted Ranges
 	err = s.change(ctx, cmd.Mutation, func() ([]Key, error) { return keys, nil }, func(w *world) error {
+		w.parents = parents
 		out, granted = nil, w.host.Granted
 		done, err := w.host.Requests.find(cmd.RequestID, digest)
 		if err != nil {
@@ -91,6 +101,42 @@ func (s *Service) Register(ctx context.Context, cmd RegisterCommand) ([]*Sandbox
 		return nil, nil, err
 	}
 	return out, granted, nil
+}
+
+// parents reads the sandboxes that cmd makes clones of. What is missing is missed later, where the
+// caller and the request id are known.
+func (s *Service) parents(ctx context.Context, cmd RegisterCommand) (map[Serial]*Sandbox, error) {
+	var checkpoints, sandboxes []Key
+	for _, it := range cmd.Items {
+		if k := CheckpointKey(it.ParentCheckpoint); it.ParentCheckpoint != 0 && !slices.Contains(checkpoints, k) {
+			checkpoints = append(checkpoints, k)
+		}
+	}
+	if len(checkpoints) == 0 {
+		return nil, nil
+	}
+	entries, _, err := s.store.Get(ctx, checkpoints...)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		if c, ok := e.Record.(*Checkpoint); ok && !slices.Contains(sandboxes, SandboxKey(c.Sandbox)) {
+			sandboxes = append(sandboxes, SandboxKey(c.Sandbox))
+		}
+	}
+	found := map[Serial]*Sandbox{}
+	if len(sandboxes) == 0 {
+		return found, nil
+	}
+	if entries, _, err = s.store.Get(ctx, sandboxes...); err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		if sb, ok := e.Record.(*Sandbox); ok {
+			found[sb.Serial] = sb
+		}
+	}
+	return found, nil
 }
 
 // validate checks what needs no store: the shape, and that fresh serials are spent here, once each.
@@ -199,6 +245,15 @@ func (w *world) newSandbox(cmd RegisterCommand, it RegisterItem) (*Sandbox, erro
 		c, err := w.checkpoint(it.ParentCheckpoint)
 		if err != nil {
 			return nil, err
+		}
+		parent, ok := w.parents[c.Sandbox]
+		if !ok {
+			return nil, refuse(ReasonSandboxNotFound, "sandbox "+c.Sandbox.String(), "checkpoint %s is of it, and the pool has no such sandbox", c.Serial)
+		}
+		for _, b := range it.Add {
+			if _, ok := parent.Binding(b.Parent); b.Parent != 0 && !ok {
+				return nil, invalid("sandbox "+it.Sandbox.String(), fmt.Sprintf("serial %s is no parent of %s: it is not of sandbox %s, which checkpoint %s is of", b.Parent, b.Serial, c.Sandbox, c.Serial))
+			}
 		}
 		sb.Parent = &Parent{Sandbox: c.Sandbox, Checkpoint: c.Serial}
 		began = BeganCloned

@@ -221,6 +221,17 @@ func testRegisterClone(t *testing.T, p *Pool) {
 	for i := range cmd.Items[0].Add {
 		cmd.Items[0].Add[i].Parent = sb.Bindings[i].Serial
 	}
+	// A parent is of the sandbox that was dumped, and not of any other one, however well its clone is known.
+	other := a.Sandbox()
+	for _, parent := range []alloc.Serial{other.Bindings[0].Serial, sb.Serial, h.Checkpoint.Serial, cmd.Items[0].Add[0].Serial} {
+		bad := cmd
+		bad.Items = slices.Clone(cmd.Items)
+		bad.Items[0].Add = slices.Clone(cmd.Items[0].Add)
+		bad.Items[0].Add[1].Parent = parent
+		if _, _, err := p.Register(t.Context(), bad); alloc.ReasonOf(err) != alloc.ReasonInvalid {
+			t.Errorf("parent %s: %v", parent, err)
+		}
+	}
 	clone := register(t, p, cmd)[0]
 	if clone.Parent == nil || clone.Parent.Sandbox != sb.Serial || clone.Parent.Checkpoint != h.Checkpoint.Serial || clone.Owner != "b" ||
 		clone.Bindings[0].Parent != sb.Bindings[0].Serial || clone.Stint().Began != "cloned" {

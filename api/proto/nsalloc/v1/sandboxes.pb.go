@@ -110,7 +110,8 @@ type RegisterItem struct {
 	// New sandbox only: it is the host's own.
 	OfHost bool `protobuf:"varint,6,opt,name=of_host,json=ofHost,proto3" json:"of_host,omitempty"`
 	// New sandbox only, in a clone: the checkpoint that it was restored from; the server records that
-	// checkpoint's sandbox as the parent. Each binding's parent must be a serial of that sandbox, or 0.
+	// checkpoint's sandbox as the parent. Each binding's parent must be a serial of that sandbox, or 0,
+	// else INVALID_ARGUMENT.
 	ParentCheckpoint uint64 `protobuf:"fixed64,7,opt,name=parent_checkpoint,json=parentCheckpoint,proto3" json:"parent_checkpoint,omitempty"`
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache

@@ -38,9 +38,13 @@ type SandboxesClient interface {
 	// front of the host's ranges; each fresh serial stands in what is spent. What is spent and not used
 	// is burned.
 	// Committed when it answers: every item; from then on the serials are no longer provisional.
+	// A live namespace that would get two serials in one request or one sandbox is ALREADY_BOUND. Between the
+	// sandboxes of a host nothing is compared: that a live namespace of a host has one serial across them
+	// rests on the host's agent, and `nsalloc check` verifies it.
 	// Errors: STALE_INCARNATION, HOST_UNKNOWN, RANGE_MISMATCH (FAILED_PRECONDITION; another life of
 	// this state spent these serials: say Hello), NOT_OWNER, STALE_EPOCH, WRONG_STATE (an item changes a
-	// sandbox that is not running on the caller), ALREADY_BOUND, SANDBOX_NOT_FOUND, TOO_LARGE,
+	// sandbox that is not running on the caller), ALREADY_BOUND, SANDBOX_NOT_FOUND,
+	// CHECKPOINT_NOT_FOUND, TOO_LARGE,
 	// REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Register(ctx context.Context, in *RegisterRequest, opts ...grpc.CallOption) (*RegisterResponse, error)
 	// End records that a running sandbox of the caller is over: its processes were seen gone.
@@ -120,9 +124,13 @@ type SandboxesServer interface {
 	// front of the host's ranges; each fresh serial stands in what is spent. What is spent and not used
 	// is burned.
 	// Committed when it answers: every item; from then on the serials are no longer provisional.
+	// A live namespace that would get two serials in one request or one sandbox is ALREADY_BOUND. Between the
+	// sandboxes of a host nothing is compared: that a live namespace of a host has one serial across them
+	// rests on the host's agent, and `nsalloc check` verifies it.
 	// Errors: STALE_INCARNATION, HOST_UNKNOWN, RANGE_MISMATCH (FAILED_PRECONDITION; another life of
 	// this state spent these serials: say Hello), NOT_OWNER, STALE_EPOCH, WRONG_STATE (an item changes a
-	// sandbox that is not running on the caller), ALREADY_BOUND, SANDBOX_NOT_FOUND, TOO_LARGE,
+	// sandbox that is not running on the caller), ALREADY_BOUND, SANDBOX_NOT_FOUND,
+	// CHECKPOINT_NOT_FOUND, TOO_LARGE,
 	// REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Register(context.Context, *RegisterRequest) (*RegisterResponse, error)
 	// End records that a running sandbox of the caller is over: its processes were seen gone.
