@@ -118,8 +118,18 @@ func (k *Kernel) probeLiveness() error {
 		err error
 	}
 	made, opened := make(chan answer), make(chan struct{})
-	go func() {
+	var probe func()
+	probe = func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine, in no other's hands
+		if unix.Gettid() == unix.Getpid() {
+			// The process's first thread does not end, and its namespaces are what /proc shows of the whole
+			// process. It is held here, so that the next goroutine gets another one.
+			defer runtime.UnlockOSThread()
+			next := make(chan struct{})
+			go func() { defer close(next); probe() }()
+			<-next
+			return
+		}
 		if err := unix.Unshare(unix.CLONE_NEWUTS); err != nil {
 			made <- answer{err: fmt.Errorf("unshare a UTS namespace: %w (it takes CAP_SYS_ADMIN)", err)}
 			return
@@ -127,7 +137,8 @@ func (k *Kernel) probeLiveness() error {
 		h, err := handleAt(unix.AT_FDCWD, filepath.Join(k.proc, "thread-self/ns/uts"), unix.AT_SYMLINK_FOLLOW)
 		made <- answer{h, err}
 		<-opened // the namespace lives until then
-	}()
+	}
+	go probe()
 	a := <-made
 	defer close(opened)
 	if a.err != nil {
