@@ -232,7 +232,10 @@ func TestSparseCrowd(t *testing.T) {
 	}
 	began := time.Now()
 	_, err := Read(open(t, dir))
-	if took := time.Since(began); err == nil || !strings.Contains(err.Error(), "bytes were read") || took > 4*time.Second {
+	// A second or two by far; the race detector on a busy machine gets more.
+	took := time.Since(began)
+	t.Log(took)
+	if err == nil || !strings.Contains(err.Error(), "bytes were read") || took > 10*time.Second {
 		t.Errorf("%v after %v", err, took)
 	}
 	for i := range 2 {

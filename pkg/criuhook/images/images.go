@@ -10,7 +10,7 @@
 // temporary one and the cgroup namespace still the host's.
 //
 // The images are input that somebody may have made up. Read takes regular files of bounded size, and no
-// more than 64 MiB of them, through one directory descriptor, follows no link, and either understands them or returns an error. CRIU
+// more than 32 MiB of them, through one directory descriptor, follows no link, and either understands them or returns an error. CRIU
 // itself trusts its images with root's power; see the documentation on trust.
 package images
 

@@ -3,6 +3,7 @@
 package images
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
@@ -34,7 +35,7 @@ const (
 	maxPSTree    = 16 << 20 // a task is some 20 bytes, and 2 to 4 for each of its threads
 	maxIDs       = 4 << 10  // 36 bytes; 12 numbers, none of which can have more than 11
 	maxNS        = 1 << 20  // netns: sysctls, some KB
-	maxTotal     = 64 << 20 // all of one directory: maxTasks tasks have 16 + 4 MiB
+	maxTotal     = 32 << 20 // all of one directory: maxTasks tasks have 16 + 4 MiB
 	maxPID       = 1 << 22  // PID_MAX_LIMIT of the kernel's include/linux/threads.h
 	maxText      = 4096     // keys of external namespaces
 )
@@ -95,14 +96,16 @@ func (d directory) read(name string, most int64) ([]byte, error) {
 	if st.Size() > most {
 		return nil, tooLarge(name, most)
 	}
-	b, err := io.ReadAll(io.LimitReader(f, most+1))
+	var buf bytes.Buffer
+	buf.Grow(int(st.Size()) + bytes.MinRead) // a tree has thousands of files: one read for each, and one for its end
+	_, err = buf.ReadFrom(io.LimitReader(f, most+1))
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("%s: %w", name, err)
-	case int64(len(b)) > most:
+	case int64(buf.Len()) > most:
 		return nil, tooLarge(name, most)
 	}
-	return b, nil
+	return buf.Bytes(), nil
 }
 
 func tooLarge(name string, most int64) error {
