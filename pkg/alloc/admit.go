@@ -43,7 +43,8 @@ func Admit(c *Checkpoint, s *Sandbox, digest Digest, who Claimant, p Policy) (Ou
 	case current && s.State == StateDumped:
 		return "", "", &Error{Reason: ReasonNotConfirmed, Subject: about,
 			Msg: "source host " + c.Source + " has not confirmed that the dumped processes are gone",
-			Fix: "wait; if host " + c.Source + " is lost for good, fence it", RetryAfter: retrySoon}
+			Fix: "wait; if host " + c.Source + " is down, start it and its nsalloc-agent, which says what became of them; if it is lost for good, " +
+				"start an nsalloc-agent under its name on another machine", RetryAfter: retrySoon}
 	case current && s.State == StateClaimed:
 		return "", "", &Error{Reason: ReasonClaimed, Subject: about,
 			Msg: other + " on host " + s.Owner + " is restoring it",

@@ -31,7 +31,8 @@ func (c HelloCommand) validate() error {
 }
 
 // Hello begins a life of a host's agent state, or goes on with one. The state is told by its nonce: a
-// record with the same nonce and incarnation is the same life. A state that never heard its incarnation
+// record with the same nonce and incarnation is the same life, also when it is a clone of the state that
+// said so before: then the one that spends first goes on, and the other gets ErrRange. A state that never heard its incarnation
 // (the first answer was lost) is told by its nonce alone. Any other state is a new life: a higher
 // incarnation, and what was left of the older one's ranges is burned.
 //

@@ -314,7 +314,8 @@ type LiveNamespace struct {
 	Sandbox uint64 `protobuf:"fixed64,2,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
 	// It is the host's own sandbox.
 	OfHost bool `protobuf:"varint,3,opt,name=of_host,json=ofHost,proto3" json:"of_host,omitempty"`
-	// Not committed yet: the serial may still change.
+	// Not committed yet: the serial may still change. Always false in this release, in which an agent lists
+	// only what it has registered.
 	Provisional bool `protobuf:"varint,4,opt,name=provisional,proto3" json:"provisional,omitempty"`
 	// Some pids in it, lowest first, at most 16; of the agent's PID namespace.
 	Pids []int32 `protobuf:"varint,5,rep,packed,name=pids,proto3" json:"pids,omitempty"`

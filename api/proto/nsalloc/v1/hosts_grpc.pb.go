@@ -34,9 +34,14 @@ type HostsClient interface {
 	// Hello begins, or goes on with, a life of the caller's agent state.
 	//
 	// Callers: a host, for itself.
-	// A caller whose nonce and incarnation are those of its record goes on in its life. Any other one
-	// (a new disk, a lost or cloned state, a first start) gets a new incarnation: from then on every
-	// request of the older ones is STALE_INCARNATION, and what was left of their ranges is burned.
+	// A caller whose nonce and incarnation are those of its record goes on in its life; so does one with
+	// that nonce and no incarnation yet, because the first answer was lost. Any other one (a new disk, a
+	// lost state, a first start) gets a new incarnation: from then on every request of the older ones is
+	// STALE_INCARNATION, and what was left of their ranges is burned.
+	// A clone of a state (a copied disk, a machine that was started twice from one snapshot) has the same
+	// nonce and incarnation. Hello does not tell the two apart: both go on in the same life, and both are
+	// taken for the host, until one of them spends serials. The other then gets RANGE_MISMATCH for the
+	// serials that it believes to hold, and has to say Hello with a new nonce to go on.
 	// A known life on a new boot keeps its incarnation and its ranges.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.
 	// Errors: REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
@@ -111,9 +116,14 @@ type HostsServer interface {
 	// Hello begins, or goes on with, a life of the caller's agent state.
 	//
 	// Callers: a host, for itself.
-	// A caller whose nonce and incarnation are those of its record goes on in its life. Any other one
-	// (a new disk, a lost or cloned state, a first start) gets a new incarnation: from then on every
-	// request of the older ones is STALE_INCARNATION, and what was left of their ranges is burned.
+	// A caller whose nonce and incarnation are those of its record goes on in its life; so does one with
+	// that nonce and no incarnation yet, because the first answer was lost. Any other one (a new disk, a
+	// lost state, a first start) gets a new incarnation: from then on every request of the older ones is
+	// STALE_INCARNATION, and what was left of their ranges is burned.
+	// A clone of a state (a copied disk, a machine that was started twice from one snapshot) has the same
+	// nonce and incarnation. Hello does not tell the two apart: both go on in the same life, and both are
+	// taken for the host, until one of them spends serials. The other then gets RANGE_MISMATCH for the
+	// serials that it believes to hold, and has to say Hello with a new nonce to go on.
 	// A known life on a new boot keeps its incarnation and its ranges.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.
 	// Errors: REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.

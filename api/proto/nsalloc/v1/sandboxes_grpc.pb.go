@@ -37,7 +37,7 @@ type SandboxesClient interface {
 	// All items are committed in one transaction, or none. It spends the serials that it names from the
 	// front of the host's ranges; each fresh serial stands in what is spent. What is spent and not used
 	// is burned.
-	// Committed when it answers: every item; from then on the serials are no longer provisional.
+	// Committed when it answers: every item; from then on the serials never change.
 	// A live namespace that would get two serials in one request or one sandbox is ALREADY_BOUND. Between the
 	// sandboxes of a host nothing is compared: that a live namespace of a host has one serial across them
 	// rests on the host's agent, and `nsalloc check` verifies it.
@@ -123,7 +123,7 @@ type SandboxesServer interface {
 	// All items are committed in one transaction, or none. It spends the serials that it names from the
 	// front of the host's ranges; each fresh serial stands in what is spent. What is spent and not used
 	// is burned.
-	// Committed when it answers: every item; from then on the serials are no longer provisional.
+	// Committed when it answers: every item; from then on the serials never change.
 	// A live namespace that would get two serials in one request or one sandbox is ALREADY_BOUND. Between the
 	// sandboxes of a host nothing is compared: that a live namespace of a host has one serial across them
 	// rests on the host's agent, and `nsalloc check` verifies it.
