@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/nsalloc/nsalloc/internal/agent"
+	"github.com/nsalloc/nsalloc/internal/agentconf"
 	"github.com/nsalloc/nsalloc/pkg/client"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
@@ -41,7 +42,7 @@ func main() {
 
 func command(logs io.Writer) *cobra.Command {
 	var path, level, format string
-	var over settings
+	var over agentconf.Settings
 	cmd := &cobra.Command{
 		Use:   "nsalloc-agent",
 		Short: "The daemon of a host: numbers namespaces and answers CRIU's hook",
@@ -62,7 +63,7 @@ func command(logs io.Writer) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := s.override(cmd.Flags(), over); err != nil {
+			if err := override(&s, cmd.Flags(), over); err != nil {
 				return err
 			}
 			return run(cmd.Context(), s, log)
@@ -72,7 +73,7 @@ func command(logs io.Writer) *cobra.Command {
 	f.StringVar(&path, "config", criuhook.ConfigPath, "configuration file")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&format, "log-format", "text", "text or json")
-	over.flags(f)
+	registerFlags(&over, f)
 	return cmd
 }
 
@@ -91,7 +92,7 @@ func logger(w io.Writer, level, format string) (*slog.Logger, error) {
 	return nil, fmt.Errorf("--log-format %q: write text or json", format)
 }
 
-func run(ctx context.Context, s settings, log *slog.Logger) error {
+func run(ctx context.Context, s agentconf.Settings, log *slog.Logger) error {
 	if os.Geteuid() != 0 {
 		return errors.New("the agent reads other users' namespaces and must run as root")
 	}

@@ -1,65 +1,27 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
-	"time"
 
 	"github.com/spf13/pflag"
-	"go.yaml.in/yaml/v3"
 
-	"github.com/nsalloc/nsalloc/pkg/criuhook"
+	"github.com/nsalloc/nsalloc/internal/agentconf"
 )
 
-// settings is the configuration file.
-type settings struct {
-	// Host is the host's name in the pool; the machine's host name where it is empty.
-	Host string `yaml:"host"`
-	// Server is unix:///PATH or HOST:PORT.
-	Server string `yaml:"server"`
-	// Insecure allows plain text to a server that is neither on loopback nor on a unix socket.
-	Insecure bool `yaml:"insecure"`
-	// StateDir is the agent's disk.
-	StateDir string `yaml:"state_dir"`
-	// HookSocket and AgentSocket are paths. The installed hook looks at its built-in path only.
-	HookSocket  string `yaml:"hook_socket"`
-	AgentSocket string `yaml:"agent_socket"`
-	// SweepInterval is the pause between two sweeps of /proc.
-	SweepInterval time.Duration `yaml:"sweep_interval"`
-}
-
-func defaults() settings {
-	return settings{
-		Server: "unix:///run/nsalloc/server.sock", StateDir: "/var/lib/nsalloc/agent",
-		HookSocket: criuhook.SocketPath, AgentSocket: "/run/nsalloc/agent.sock", SweepInterval: time.Second,
-	}
-}
-
-// load reads the file over the defaults. A key that is not known is an error; a file that is missing is
-// one only where it was asked for.
-func load(path string, asked bool) (settings, error) {
-	s := defaults()
-	b, err := os.ReadFile(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist) && !asked:
+// load reads the file. One that is missing is an error only where it was asked for.
+func load(path string, asked bool) (agentconf.Settings, error) {
+	s, err := agentconf.Load(path)
+	if errors.Is(err, fs.ErrNotExist) && !asked {
 		return s, nil
-	case err != nil:
-		return s, fmt.Errorf("configuration: %w", err)
 	}
-	d := yaml.NewDecoder(bytes.NewReader(b))
-	d.KnownFields(true)
-	if err := d.Decode(&s); err != nil && !errors.Is(err, io.EOF) {
-		return s, fmt.Errorf("configuration %s: %w", path, err)
-	}
-	return s, nil
+	return s, err
 }
 
-func (s *settings) flags(f *pflag.FlagSet) {
-	d := defaults()
+func registerFlags(s *agentconf.Settings, f *pflag.FlagSet) {
+	d := agentconf.Defaults()
 	f.StringVar(&s.Host, "host", "", "the host's name in the pool (default: the machine's host name)")
 	f.StringVar(&s.Server, "server", d.Server, "the pool's server: unix:///PATH or HOST:PORT")
 	f.BoolVar(&s.Insecure, "insecure", false, "allow plain text beyond loopback and unix sockets")
@@ -70,7 +32,7 @@ func (s *settings) flags(f *pflag.FlagSet) {
 }
 
 // override lets the flags that were given win.
-func (s *settings) override(f *pflag.FlagSet, over settings) error {
+func override(s *agentconf.Settings, f *pflag.FlagSet, over agentconf.Settings) error {
 	for name, set := range map[string]func(){
 		"host":           func() { s.Host = over.Host },
 		"server":         func() { s.Server = over.Server },

@@ -23,6 +23,9 @@ type peer struct {
 }
 
 func (c *cli) dialPool() (*client.Client, error) {
+	if c.server == "" {
+		c.settleHere()
+	}
 	to := peer{"server", c.server}
 	p, err := client.Dial(to.address, c.options(to)...)
 	return p, to.mine(err)
@@ -37,6 +40,9 @@ type host struct {
 func (h *host) Close() error { return h.conn.Close() }
 
 func (c *cli) dialAgent() (*host, error) {
+	if c.agent == "" {
+		c.settleHere()
+	}
 	to := peer{"agent", c.agent}
 	conn, err := client.DialConn(to.address, c.options(to)...)
 	if err != nil {

@@ -21,7 +21,7 @@ Nothing is changed. Exit code 1 when a check fails; warnings do not count.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.doctor(cmd.Context(), hostRoot(root)) },
 	}
-	cmd.Flags().StringVar(&root, "root", "/", "look for the files of the host whose root is this `DIR`")
+	cmd.Flags().StringVar(&root, "root", "/", "look for the files of the host whose root is this `DIR`, and ask whom they name")
 	return cmd
 }
 
@@ -60,6 +60,7 @@ func skipped(format string, args ...any) checkup {
 }
 
 func (c *cli) doctor(ctx context.Context, root hostRoot) error {
+	_ = c.settle(root) // "agent config" says what is wrong with the file
 	ex := examination{cli: c, root: root}
 	all := ex.run(ctx)
 	doc := struct {

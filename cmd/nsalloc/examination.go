@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strings"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/internal/agentconf"
 	"github.com/nsalloc/nsalloc/internal/hookconf"
 	"github.com/nsalloc/nsalloc/internal/kernelns"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
@@ -131,7 +133,13 @@ func (e *examination) agentConfig(context.Context) checkup {
 	case st.Mode().Perm()&0o022 != 0:
 		return bad("chmod 644 "+path, "%s can be written by others than its owner (%s)", path, st.Mode().Perm())
 	}
-	return good("%s is there", path)
+	if _, err := agentconf.Load(path); errors.Is(err, fs.ErrPermission) {
+		return doubtful("run it again as root", "%v", err)
+	} else if err != nil {
+		seen, keys, _ := strings.Cut(err.Error(), "; ")
+		return bad("mend it, the agent does not start with it; "+keys, "%s", seen)
+	}
+	return good("%s is there, and can be read", path)
 }
 
 func (e *examination) agentSocket(ctx context.Context) checkup {

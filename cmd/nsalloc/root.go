@@ -2,19 +2,19 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-)
 
-// Where servers and agents listen when nobody says otherwise.
-const (
-	defaultServer = "unix:///run/nsalloc/server.sock"
-	defaultAgent  = "unix:///run/nsalloc/agent.sock"
+	"github.com/nsalloc/nsalloc/internal/agentconf"
+	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
 
 // cli is one run of the command: its global flags and what it touches outside.
@@ -25,11 +25,12 @@ type cli struct {
 	getenv   func(string) string
 	beside   func(program string) (path string, err error) // the other programs of this release
 
-	server, agent string
+	server, agent string // empty until settle, unless somebody names them
 	output        string
 	timeout       time.Duration
 	noColor       bool
 	insecure      bool
+	insecureSaid  bool // by a flag or the environment, either way
 }
 
 // run is the whole command; it returns the exit code.
@@ -78,7 +79,7 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 conflict, 5 unavailable.`,
 		// cobra's own default is set where it prints suggestions, which is not here.
 		SuggestionsMinimumDistance: 2,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
-			return c.checkFlags()
+			return c.checkFlags(cmd.Flags().Changed("insecure"))
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
@@ -86,13 +87,14 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 conflict, 5 unavailable.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usage("%v; `%s --help` lists the flags", err, cmd.CommandPath())
 	})
+	d := agentconf.Defaults()
 	f := root.PersistentFlags()
-	f.StringVar(&c.server, "server", c.env("NSALLOC_SERVER", defaultServer), "`ADDRESS` of a server: unix:///PATH or HOST:PORT (env NSALLOC_SERVER)")
-	f.StringVar(&c.agent, "agent", c.env("NSALLOC_AGENT", defaultAgent), "`ADDRESS` of this host's agent: unix:///PATH (env NSALLOC_AGENT)")
+	f.StringVar(&c.server, "server", c.getenv("NSALLOC_SERVER"), "`ADDRESS` of a server: unix:///PATH or HOST:PORT (env NSALLOC_SERVER; default: the agent's in "+criuhook.ConfigPath+", else "+d.Server+")")
+	f.StringVar(&c.agent, "agent", c.getenv("NSALLOC_AGENT"), "`ADDRESS` of this host's agent: unix:///PATH (env NSALLOC_AGENT; default: from "+criuhook.ConfigPath+", else unix://"+d.AgentSocket+")")
 	f.StringVarP(&c.output, "output", "o", "table", "`FORMAT` of the answer: "+strings.Join(formats, ", "))
 	f.DurationVar(&c.timeout, "timeout", 10*time.Second, "give up after this `TIME`; 0 waits for ever")
 	f.BoolVar(&c.noColor, "no-color", false, "no colours (env NO_COLOR); there are none unless on a terminal")
-	f.BoolVar(&c.insecure, "insecure", false, "allow plain text to a server on another machine")
+	f.BoolVar(&c.insecure, "insecure", false, "allow plain text to a server on another machine (env NSALLOC_INSECURE; "+criuhook.ConfigPath+" can allow it for its own server)")
 	must(root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp)))
 
 	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages", ".FlagUsagesWrapped 80"))
@@ -135,7 +137,15 @@ func group(name, short string, verbs ...*cobra.Command) *cobra.Command {
 	return cmd
 }
 
-func (c *cli) checkFlags() error {
+func (c *cli) checkFlags(insecureSaid bool) error {
+	c.insecureSaid = insecureSaid
+	if v := c.getenv("NSALLOC_INSECURE"); v != "" && !insecureSaid {
+		var err error
+		if c.insecure, err = strconv.ParseBool(v); err != nil {
+			return usage("NSALLOC_INSECURE is %q; write true or false", v)
+		}
+		c.insecureSaid = true
+	}
 	for _, f := range formats {
 		if c.output == f {
 			return nil
@@ -144,11 +154,30 @@ func (c *cli) checkFlags() error {
 	return usage("output format %q is unknown; there are: %s", c.output, strings.Join(formats, ", "))
 }
 
-func (c *cli) env(name, otherwise string) string {
-	if v := c.getenv(name); v != "" {
-		return v
+// settle fills in whom to ask where neither a flag nor the environment says: as the agent of this host is
+// configured. The error is the file's; the built-in defaults hold then.
+func (c *cli) settle(root hostRoot) error {
+	s, err := agentconf.Load(root.path(criuhook.ConfigPath))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
 	}
-	return otherwise
+	if c.server == "" {
+		c.server = s.Server
+		if !c.insecureSaid { // the file allows it for its own server, not for one that is named here
+			c.insecure = s.Insecure
+		}
+	}
+	if c.agent == "" {
+		c.agent = "unix://" + s.AgentSocket
+	}
+	return err
+}
+
+// settleHere is settle for all but the doctor, which has a line for the file.
+func (c *cli) settleHere() {
+	if err := c.settle("/"); err != nil {
+		c.warn("%v: not heeded here, --server and --agent say whom to ask", err)
+	}
 }
 
 // deadline is the context of one command's calls.

@@ -1,0 +1,43 @@
+package agentconf
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestLoad(t *testing.T) {
+	changed := Defaults()
+	changed.Host, changed.Server, changed.Insecure, changed.SweepInterval = "a", "pool:7070", true, 5*time.Second
+	for name, test := range map[string]struct {
+		text  string
+		want  Settings
+		error string
+	}{
+		"nothing":       {"", Defaults(), ""},
+		"comments only": {"# later\n", Defaults(), ""},
+		"some":          {"host: a\nserver: pool:7070\ninsecure: true\nsweep_interval: 5s\n", changed, ""},
+		"unknown keys":  {"host: a\nsever: pool:7070\n", Defaults(), "line 2: there is no key sever; the keys are host, server, insecure, state_dir, hook_socket, agent_socket, sweep_interval"},
+		"a wrong type":  {"host: a\ninsecure: perhaps\n", Defaults(), "line 2: cannot unmarshal"},
+		"no YAML":       {"host: [\n", Defaults(), "did not find"},
+	} {
+		path := filepath.Join(t.TempDir(), "agent.yaml")
+		if err := os.WriteFile(path, []byte(test.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got, err := Load(path)
+		if got != test.want {
+			t.Errorf("%s: %+v", name, got)
+		}
+		if (err == nil) != (test.error == "") || err != nil && (!strings.Contains(err.Error(), test.error) || strings.Contains(err.Error(), "\n")) {
+			t.Errorf("%s: error %v", name, err)
+		}
+	}
+	if got, err := Load("/nowhere/agent.yaml"); got != Defaults() || !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no file: %+v, %v", got, err)
+	}
+}
