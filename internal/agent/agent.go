@@ -98,6 +98,7 @@ type Agent struct {
 
 	kick     chan struct{} // asks for a sweep now; holds one
 	settling settling
+	tally    tally
 	parked   map[task]bool // what the last look for forgotten trees saw; orphanLoop's
 	swept    atomic.Pointer[time.Time]
 	trouble  atomic.Pointer[string] // why the pool is not reached; nil when it is
@@ -164,6 +165,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := a.kernel.Features().Liveness; err != nil {
 		a.log.Warn("namespaces without a process cannot be told alive from gone", "cause", err)
 	}
+	if outside := notInitial("/proc/self/ns"); len(outside) > 0 {
+		a.log.Warn("the agent is in a container: what it numbers as this host's own is the container's; run it in the machine's own namespaces", "not_the_machines", outside)
+	}
 	if a.cfg.Ready != nil {
 		a.cfg.Ready()
 	}
@@ -187,7 +191,11 @@ func (a *Agent) Run(ctx context.Context) error {
 			return nil
 		})
 	}
-	return g.Wait()
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	a.log.Info("stopped")
+	return nil
 }
 
 const (

@@ -87,6 +87,7 @@ func (a *Agent) reportGone(ctx context.Context, s *alloc.Sandbox, gone []alloc.S
 		return a.registrar.failed(err)
 	}
 	a.book.put(a.cfg.Host, ended)
-	a.log.Info("ended", "sandbox", s.Serial, "command", s.Labels["command"])
+	a.tally.ended.Add(1)
+	a.log.Debug("ended", "sandbox", s.Serial, "command", s.Labels["command"])
 	return nil
 }

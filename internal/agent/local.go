@@ -7,11 +7,14 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
@@ -32,12 +35,9 @@ func (a *Agent) serveLocal(ctx context.Context, l *net.UnixListener) error {
 		// Clients of ours ping idle connections every 10 s (pkg/client).
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.Creds(rootOnly{}), grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(64), grpc.ConnectionTimeout(5*time.Second),
-		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
+		grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
 			resp, err := h(ctx, req)
-			if err != nil {
-				err = wire.Status(err).Err()
-			}
-			return resp, err
+			return resp, a.localStatus(info.FullMethod, err)
 		}),
 	)
 	nsallocv1.RegisterAgentServer(s, &local{a: a})
@@ -47,6 +47,17 @@ func (a *Agent) serveLocal(ctx context.Context, l *net.UnixListener) error {
 		return err
 	}
 	return nil
+}
+
+// localStatus is err as the local service answers it. What is no refusal has gone wrong here: the log
+// has it, and root, who alone asks, may read it too.
+func (a *Agent) localStatus(method string, err error) error {
+	s := wire.Status(err)
+	if err != nil && alloc.ReasonOf(err) == "" && s.Code() == codes.Internal {
+		a.log.Error("a call failed", "method", method, "cause", err)
+		return status.Errorf(codes.Internal, "the agent failed: %s; see its log", strings.ToValidUTF8(err.Error(), "?"))
+	}
+	return s.Err()
 }
 
 // rootOnly refuses every peer but root, also where the socket's mode was changed.
@@ -181,7 +192,7 @@ func (l *local) Identify(ctx context.Context, req *nsallocv1.IdentifyRequest) (*
 	case p.Ended:
 		return nil, &alloc.Error{Reason: alloc.ReasonProcessNotFound, Subject: fmt.Sprintf("process %d", p.PID), Msg: "it has ended and left its namespaces", Fix: "name a pid that runs"}
 	}
-	if err := a.numberProcess(ctx, p); err != nil {
+	if err := a.numberSoon(ctx, p); err != nil {
 		return nil, err
 	}
 	in, err := a.residents(ctx)
@@ -203,6 +214,28 @@ func (l *local) Identify(ctx context.Context, req *nsallocv1.IdentifyRequest) (*
 		}
 	}
 	return resp, nil
+}
+
+// numberSoon is numberProcess for a caller who waits: when the pool does not answer soon, it says why as
+// far as the agent knows.
+func (a *Agent) numberSoon(ctx context.Context, p kernelns.Process) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	err := a.numberProcess(ctx, p)
+	switch alloc.ReasonOf(err) {
+	case alloc.ReasonUnavailable, alloc.ReasonUnknownOutcome:
+	case "":
+		if err == nil || ctx.Err() == nil {
+			return err
+		}
+	default:
+		return err
+	}
+	if t := a.trouble.Load(); t != nil {
+		err = errors.New(*t)
+	}
+	return &alloc.Error{Reason: alloc.ReasonUnavailable, Subject: fmt.Sprintf("process %d", p.PID), Msg: "it has a namespace without a serial, and the pool gave none in time",
+		Fix: "see that nsalloc-server runs and that `server` in agent.yaml names it, then ask again", RetryAfter: time.Second, Err: err}
 }
 
 // numberProcess registers what a process has and nobody numbered yet.

@@ -61,7 +61,8 @@ func (a *Agent) registerAll(ctx context.Context, wishes []wish) ([]*alloc.Sandbo
 	}
 	for i, s := range out {
 		if len(wishes[i].add) > 0 {
-			a.log.Info("registered", "sandbox", s.Serial, "namespaces", len(wishes[i].add), "command", s.Labels["command"])
+			a.tally.numbered(wishes[i].item.Sandbox == 0, len(wishes[i].add))
+			a.log.Debug("registered", "sandbox", s.Serial, "namespaces", len(wishes[i].add), "command", s.Labels["command"])
 		}
 	}
 	return out, nil

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/client"
@@ -15,21 +14,14 @@ type Remote struct{ c *client.Client }
 // NewRemote makes a Pool of a client, which must say the host's name.
 func NewRemote(c *client.Client) *Remote { return &Remote{c: c} }
 
-// sent runs one mutation under one request id. A try whose outcome is unknown leaves it unknown until a
-// later one is decided: that the last try never left this host says nothing of the first.
+// sent runs one mutation under one request id. An outcome that is unknown once stays so until a try is
+// decided (client.Retry).
 func sent[T any](ctx context.Context, do func(id string) (T, error)) (T, error) {
 	var out T
-	var unknown error
-	err := client.Retry(ctx, func(id string) error {
-		var err error
-		if out, err = do(id); alloc.ReasonOf(err) == alloc.ReasonUnknownOutcome {
-			unknown = err
-		}
+	err := client.Retry(ctx, func(id string) (err error) {
+		out, err = do(id)
 		return err
 	})
-	if unknown != nil && (client.Again(err) || err != nil && alloc.ReasonOf(err) == "") {
-		err = fmt.Errorf("%w (gave up: %w)", unknown, err)
-	}
 	return out, err
 }
 

@@ -18,6 +18,7 @@ func (a *Agent) sweepLoop(ctx context.Context) error {
 	defer t.Stop()
 	unseen := map[alloc.Serial]int{}
 	trouble := ""
+	defer a.tally.tell(a.log)
 	for {
 		var err error
 		unseen, err = a.sweep(ctx, unseen)
@@ -29,6 +30,7 @@ func (a *Agent) sweepLoop(ctx context.Context) error {
 			trouble = err.Error()
 			a.log.Warn("sweep: some namespaces have to wait for the next one", "cause", err)
 		}
+		a.tally.tell(a.log)
 		select {
 		case <-ctx.Done():
 			return nil

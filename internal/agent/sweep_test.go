@@ -310,7 +310,7 @@ func TestPoolAway(t *testing.T) {
 	if _, err := l.Identify(t.Context(), &nsallocv1.IdentifyRequest{Pid: int32(known.pid)}); err != nil {
 		t.Error(err)
 	}
-	if _, err := l.Identify(t.Context(), &nsallocv1.IdentifyRequest{Pid: int32(fresh.pid)}); alloc.ReasonOf(err) != alloc.ReasonUnavailable {
+	if _, err := l.Identify(t.Context(), &nsallocv1.IdentifyRequest{Pid: int32(fresh.pid)}); alloc.ReasonOf(err) != alloc.ReasonUnavailable || !strings.Contains(err.Error(), "the server is away") {
 		t.Errorf("a namespace without a serial: %v", err)
 	}
 	h.eventually("the status says so", func() error {

@@ -1,0 +1,25 @@
+package agent
+
+import (
+	"log/slog"
+	"sync/atomic"
+)
+
+// tally counts what was numbered and what ended since it was told last: a busy host has hundreds of
+// either a second, which the log has one by one at level debug.
+type tally struct{ sandboxes, namespaces, ended atomic.Int64 }
+
+func (t *tally) numbered(newSandbox bool, namespaces int) {
+	if newSandbox {
+		t.sandboxes.Add(1)
+	}
+	t.namespaces.Add(int64(namespaces))
+}
+
+// tell logs the counts, if there are any, and begins anew.
+func (t *tally) tell(log *slog.Logger) {
+	sandboxes, namespaces, ended := t.sandboxes.Swap(0), t.namespaces.Swap(0), t.ended.Swap(0)
+	if sandboxes+namespaces+ended > 0 {
+		log.Info("numbered", "sandboxes", sandboxes, "namespaces", namespaces, "ended", ended)
+	}
+}
