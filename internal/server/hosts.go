@@ -17,11 +17,31 @@ type hosts struct {
 }
 
 func (s hosts) Hello(ctx context.Context, req *nsallocv1.HelloRequest) (*nsallocv1.HelloResponse, error) {
-	host, pool, err := s.service.Hello(ctx, wire.HelloCommand(req, caller(ctx).Name))
+	cmd := wire.HelloCommand(req, caller(ctx).Name)
+	var before *alloc.Host
+	_, unseen := s.view.read(ctx, false, func(ix *index) error { before = ix.hosts[cmd.Host]; return nil })
+	host, pool, err := s.service.Hello(ctx, cmd)
 	if err != nil {
 		return nil, err
 	}
+	if unseen == nil && cmd.Incarnation != host.Incarnation {
+		s.logLife(ctx, before, host)
+	}
 	return &nsallocv1.HelloResponse{Host: wire.HostToWire(host), Pool: wire.PoolToWire(pool)}, nil
+}
+
+// logLife says that a life of a host's agent state has begun. before is the host as the view had it.
+func (s hosts) logLife(ctx context.Context, before, host *alloc.Host) {
+	switch {
+	case before == nil:
+		s.log.InfoContext(ctx, "a host joined", "host", host.Name, "incarnation", host.Incarnation, "boot_id", host.BootID)
+	case before.Incarnation == host.Incarnation: // its first answer was lost
+	case before.BootID == host.BootID:
+		s.log.WarnContext(ctx, "a host began a new incarnation within one boot: its agent's state was lost, or two agents have one name",
+			"host", host.Name, "old", before.Incarnation, "new", host.Incarnation, "boot_id", host.BootID)
+	default:
+		s.log.InfoContext(ctx, "a host began a new incarnation", "host", host.Name, "old", before.Incarnation, "new", host.Incarnation, "boot_id", host.BootID)
+	}
 }
 
 func (s hosts) Grant(ctx context.Context, req *nsallocv1.GrantRequest) (*nsallocv1.GrantResponse, error) {

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
@@ -251,6 +252,41 @@ func TestPanic(t *testing.T) {
 	}
 	if _, _, err := c.Pool(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestLives: a host that joins, and each further life of its agent's state, is in the log once.
+func TestLives(t *testing.T) {
+	mem := memstore.New()
+	initPool(t, mem)
+	r := start(t, Config{Store: mem})
+	r.waitLoaded()
+	a := join(t, r.dial("a"), "a")
+	hello := func(cmd alloc.HelloCommand) alloc.Incarnation {
+		cmd.RequestID = client.NewRequestID()
+		h, _, err := a.Hello(t.Context(), cmd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the view has it", func() bool {
+			seen, err := a.Host(t.Context(), "a")
+			return err == nil && seen.Incarnation == h.Incarnation
+		})
+		return h.Incarnation
+	}
+	hello(alloc.HelloCommand{BootID: a.boot, Nonce: a.nonce, Incarnation: a.life})
+	nonce := uuid.NewString()
+	life := hello(alloc.HelloCommand{BootID: a.boot, Nonce: nonce})
+	hello(alloc.HelloCommand{BootID: a.boot, Nonce: nonce, Incarnation: life})
+	hello(alloc.HelloCommand{BootID: uuid.NewString(), Nonce: uuid.NewString()})
+	for _, want := range []string{
+		`level=INFO msg="a host joined" host=a`,
+		`level=WARN msg="a host began a new incarnation within one boot: `,
+		`level=INFO msg="a host began a new incarnation" host=a`,
+	} {
+		if n := strings.Count(r.log.String(), want); n != 1 {
+			t.Errorf("the log has %q %d times:\n%s", want, n, r.log)
+		}
 	}
 }
 
