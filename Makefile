@@ -97,7 +97,7 @@ check-generated: ## fail when generated Go is not what its .proto gives
 RACE := $(shell command -v gcc >/dev/null && echo -race)
 GOTEST = $(if $(RACE),,echo "no gcc: without the race detector";) go test $(RACE) -timeout 15m
 
-unit: ## tests that need nothing but Go
+unit: ## tests of the packages; some make hosts of their own (as root)
 	@$(GOTEST) $$(go list ./... | grep -v -e '/internal/etcd' -e '/e2e')
 
 store: ## tests against a real etcd, which runs inside the test

@@ -165,7 +165,7 @@ func (r *hookRequest) close() {
 
 func receive(c *net.UnixConn) (*hookRequest, error) {
 	buf := make([]byte, criuhook.MaxMessage+1)
-	oob := make([]byte, unix.CmsgSpace(8*4))
+	oob := make([]byte, unix.CmsgSpace(criuhook.MaxFDs*4))
 	n, oobn, flags, _, err := c.ReadMsgUnix(buf, oob)
 	files, filesErr := filesOf(oob[:oobn])
 	r := &hookRequest{files: map[string]*os.File{}}

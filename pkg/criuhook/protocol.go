@@ -142,7 +142,7 @@ func (r Request) validate() error {
 		case !wellFormed(name, maxFDName):
 			return fmt.Errorf("hook request: descriptor name %.64q is not 1 to %d of a-z, 0-9 and '-'", name, maxFDName)
 		case seen[name]:
-			return fmt.Errorf("hook request: descriptor %q stands twice; none may, be it known, unknown or named by a newer release", name)
+			return fmt.Errorf("hook request: descriptor %q stands twice", name)
 		}
 		seen[name] = true
 	}
