@@ -8,10 +8,12 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
@@ -38,14 +40,14 @@ Everything is below one directory: a temporary one that goes away at the end, or
 can be used again. Neither /etc/nsalloc nor /run/nsalloc is touched. CRIU's hook knows one socket only,
 ` + criuhook.SocketPath + `: to try hand-offs too, say --hook-socket ` + criuhook.SocketPath + `.`,
 		Example: `  nsalloc dev
-  nsalloc dev --dir ~/nsalloc --listen 127.0.0.1:7070`,
+  nsalloc dev --dir ~/nsalloc --listen 7070`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.dev(cmd.Context(), f) },
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&f.dir, "dir", "", "keep everything in this `DIR` (default: a temporary one)")
 	fl.StringVar(&f.host, "host", "", "this host's `NAME` (default: the machine's)")
-	fl.StringVar(&f.listen, "listen", "", "let the server listen at 127.0.0.1:`PORT` too")
+	fl.StringVar(&f.listen, "listen", "", "let the server listen at this `ADDRESS` too: HOST:PORT, or a port of 127.0.0.1")
 	fl.StringVar(&f.hookSocket, "hook-socket", "", "where the agent listens for the hook (default: in DIR)")
 	fl.BoolVar(&f.serverOnly, "server-only", false, "no agent: it needs root, the server does not")
 	return cmd
@@ -65,6 +67,10 @@ func (c *cli) dev(ctx context.Context, f devFlags) error {
 
 	if os.Geteuid() != 0 && !f.serverOnly {
 		return fail(exitError, "the agent reads the namespaces of every process, which takes root; run it as root, or say --server-only")
+	}
+	listen, err := listenAddress(f.listen)
+	if err != nil {
+		return err
 	}
 	server, err := c.beside("nsalloc-server")
 	if err != nil {
@@ -100,8 +106,8 @@ func (c *cli) dev(ctx context.Context, f devFlags) error {
 
 	c.server, c.agent = "unix://"+d.serverSocket, "unix://"+d.agentSocket
 	args := []string{"--data-dir", d.serverData, "--listen", c.server}
-	if f.listen != "" {
-		args = append(args, "--listen", f.listen)
+	if listen != "" {
+		args = append(args, "--listen", listen)
 	}
 	p, err := start("server", styleKey, server, args...)
 	if err != nil {
@@ -122,8 +128,21 @@ func (c *cli) dev(ctx context.Context, f devFlags) error {
 	return watch(ctx, running)
 }
 
+// listenAddress takes a bare port as one of this machine alone.
+func listenAddress(text string) (string, error) {
+	port, err := strconv.Atoi(text)
+	switch {
+	case err != nil:
+		return text, nil // the server says what is wrong with it
+	case port < 1 || port > 65535:
+		return "", usage("--listen %s is no port; write one of 1 to 65535, such as 7070", text)
+	}
+	return fmt.Sprintf("127.0.0.1:%d", port), nil
+}
+
 // devDir is where one `nsalloc dev` has everything.
 type devDir struct {
+	lock                                  *os.File
 	path                                  string
 	temporary                             bool
 	serverData, agentData                 string
@@ -146,12 +165,17 @@ func newDevDir(f devFlags) (*devDir, error) {
 	if err != nil {
 		return nil, fail(exitError, "%w; name another directory with --dir", err)
 	}
+	if err := d.take(); err != nil {
+		d.remove()
+		return nil, err
+	}
 	in := func(name string) string { return filepath.Join(d.path, name) }
 	d.serverData, d.agentData = in("server"), in("agent")
 	d.serverSocket, d.agentSocket, d.hookSocket = in("server.sock"), in("agent.sock"), in("hook.sock")
 	d.agentConfig = in("agent.yaml")
 	if f.hookSocket != "" {
 		if d.hookSocket, err = filepath.Abs(f.hookSocket); err != nil {
+			d.remove()
 			return nil, err
 		}
 	}
@@ -183,9 +207,30 @@ func newDevDir(f devFlags) (*devDir, error) {
 	return d, nil
 }
 
+// take locks the directory before anything in it is touched: what another one there has written would be
+// overwritten, and its server would be taken for ours. The lock ends with this process.
+func (d *devDir) take() error {
+	dir, err := os.Open(d.path)
+	if err == nil {
+		if err = unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
+			d.lock = dir
+			return nil
+		}
+		dir.Close()
+	}
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return fail(exitConflict, "another nsalloc dev uses %s; stop it, or name another directory with --dir", d.path)
+	}
+	return fail(exitError, "directory %s: %w; name another one with --dir", d.path, err)
+}
+
+// remove gives the directory free, and takes a temporary one away.
 func (d *devDir) remove() {
 	if d.temporary {
 		os.RemoveAll(d.path)
+	}
+	if d.lock != nil {
+		d.lock.Close()
 	}
 }
 
@@ -273,20 +318,43 @@ func watch(ctx context.Context, all []*daemon) error {
 	}
 }
 
+// devReady says what to paste: whole commands, because sudo passes neither the environment on nor a PATH
+// that has this program in it.
 func (c *cli) devReady(d *devDir, agent bool) string {
 	p := c.paint(c.out)
+	self, err := os.Executable()
+	if err != nil {
+		self = "nsalloc"
+	}
+	self = shellWord(self)
+	if c.getenv("SUDO_UID") != "" { // the other terminal is not root's either
+		self = "sudo " + self
+	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "\n%s In another terminal:\n\n", p.do(styleGood, "Ready."))
-	fmt.Fprintf(&b, "  export NSALLOC_SERVER=unix://%s\n", d.serverSocket)
 	if agent {
-		fmt.Fprintf(&b, "  export NSALLOC_AGENT=unix://%s\n", d.agentSocket)
-		fmt.Fprintf(&b, "  nsalloc ps\n  nsalloc who $$\n")
+		to := shellWord("unix://" + d.agentSocket)
+		fmt.Fprintf(&b, "  %s ps --agent %s\n", self, to)
+		fmt.Fprintf(&b, "  %s who $$ --agent %s\n", self, to)
 	}
-	fmt.Fprintf(&b, "  nsalloc sandbox list\n\n")
+	fmt.Fprintf(&b, "  %s sandbox list --server %s\n\n", self, shellWord("unix://"+d.serverSocket))
+	if os.Geteuid() == 0 {
+		fmt.Fprintf(&b, "The sockets answer root only.\n")
+	}
 	if d.temporary {
 		fmt.Fprintf(&b, "Everything is in %s and goes away at the end (--dir keeps it). ^C stops it.\n", d.path)
 	} else {
 		fmt.Fprintf(&b, "Everything is in %s. ^C stops it.\n", d.path)
 	}
 	return b.String()
+}
+
+var plainWord = regexp.MustCompile(`^[A-Za-z0-9_./:@%+=,-]+$`)
+
+// shellWord quotes what a shell would take apart.
+func shellWord(text string) string {
+	if plainWord.MatchString(text) {
+		return text
+	}
+	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
 }

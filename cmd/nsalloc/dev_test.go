@@ -14,6 +14,10 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // fakeDaemon is what stands for nsalloc-server and nsalloc-agent here: it listens where it is told and
@@ -124,13 +128,24 @@ func TestDevRunsUntilItIsInterrupted(t *testing.T) {
 			t.Fatalf("not ready:\n%s%s", out.String(), errs.String())
 		}
 	}
+	t.Run("a second one in the same directory", func(t *testing.T) {
+		var out, errs sharedBuffer
+		if code := devCLI(t, &out, &errs).run(t.Context(), devArgs(dir)); code != exitConflict || !strings.Contains(errs.String(), "another nsalloc dev uses "+dir+"; ") {
+			t.Errorf("exit code %d: %s", code, errs.String())
+		}
+		if out.String() != "" {
+			t.Errorf("it says %s", out.String())
+		}
+	})
 	cancel()
 	if got := <-code; got != exitOK {
 		t.Errorf("exit code %d: %s", got, errs.String())
 	}
-	want := []string{"server | nsalloc-server listens", "export NSALLOC_SERVER=unix://" + dir, "server | nsalloc-server stops"}
+	self := shellWord(testBinary(t))
+	want := []string{"server | nsalloc-server listens", "  " + self + " sandbox list --server unix://" + dir + "/server.sock\n", "server | nsalloc-server stops"}
 	if os.Geteuid() == 0 {
-		want = []string{"server | nsalloc-server listens", "agent  | nsalloc-agent listens", "export NSALLOC_SERVER=unix://" + dir,
+		want = []string{"server | nsalloc-server listens", "agent  | nsalloc-agent listens",
+			"  " + self + " ps --agent unix://" + dir + "/agent.sock\n", " sandbox list --server unix://" + dir + "/server.sock\n",
 			"agent  | nsalloc-agent stops", "server | nsalloc-server stops"}
 	}
 	rest := out.String()
@@ -163,6 +178,7 @@ func TestDevRefuses(t *testing.T) {
 	for name, args := range map[string][]string{
 		"a bad name":    {"dev", "--server-only", "--host", "No Such"},
 		"a long path":   {"dev", "--server-only", "--dir", "/tmp/" + strings.Repeat("x", 120)},
+		"no port":       {"dev", "--server-only", "--listen", "70700"},
 		"positional":    {"dev", "now"},
 		"unknown flags": {"dev", "--speed", "9"},
 	} {
@@ -172,6 +188,32 @@ func TestDevRefuses(t *testing.T) {
 		}
 	}
 	os.RemoveAll("/tmp/" + strings.Repeat("x", 120))
+}
+
+func TestListenAddress(t *testing.T) {
+	for text, want := range map[string]string{"": "", "7070": "127.0.0.1:7070", "127.0.0.1:1": "127.0.0.1:1", "unix:///s": "unix:///s"} {
+		if got, err := listenAddress(text); err != nil || got != want {
+			t.Errorf("%q: %q, %v", text, got, err)
+		}
+	}
+}
+
+func TestPastedWordsStayWhole(t *testing.T) {
+	for text, want := range map[string]string{"/usr/bin/nsalloc": "/usr/bin/nsalloc", "/a b/c": "'/a b/c'", "it's": `'it'\''s'`, "": "''"} {
+		if got := shellWord(text); got != want {
+			t.Errorf("%q: %s", text, got)
+		}
+	}
+}
+
+func TestASocketOfRoot(t *testing.T) {
+	to := peer{"agent", "unix:///run/nsalloc/agent.sock"}
+	err := to.explain(t.Context(), "", nil, nil, nil, func(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error {
+		return status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial unix /run/nsalloc/agent.sock: connect: permission denied"`)
+	})
+	if err == nil || err.Error() != "the agent at unix:///run/nsalloc/agent.sock answers root only; run it as root (sudo)" {
+		t.Error(err)
+	}
 }
 
 func TestLogLinesStayWhole(t *testing.T) {

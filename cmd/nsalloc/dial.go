@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"strings"
+	"syscall"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -104,6 +105,8 @@ func (to peer) explain(ctx context.Context, method string, req, reply any, cc *g
 		return fail(exitUnavailable, "the %s at %s has not answered in time; ask again with a longer --timeout, or look at its log", to.what, to.address)
 	case ctx.Err() != nil:
 		return fail(exitError, "interrupted")
+	case s.Code() == codes.Unavailable && transportCause(s.Message()) == syscall.EACCES.Error():
+		return fail(exitUnavailable, "the %s at %s answers root only; run it as root (sudo)", to.what, to.address)
 	case s.Code() == codes.Unavailable:
 		return fail(exitUnavailable, "no %s answers at %s: %s; start one with `nsalloc dev` (to try) or `systemctl start nsalloc-%s`, or name another with --%s",
 			to.what, to.address, transportCause(s.Message()), to.what, to.what)
