@@ -23,6 +23,8 @@ type peer struct {
 	address string
 }
 
+var daemonOf = map[string]string{"server": "nsalloc-server", "agent": "nsalloc-agent (as root)"}
+
 func (c *cli) dialPool() (*client.Client, error) {
 	if c.server == "" {
 		c.settleHere()
@@ -108,8 +110,8 @@ func (to peer) explain(ctx context.Context, method string, req, reply any, cc *g
 	case s.Code() == codes.Unavailable && transportCause(s.Message()) == syscall.EACCES.Error():
 		return fail(exitUnavailable, "the %s at %s answers root only; run it as root (sudo)", to.what, to.address)
 	case s.Code() == codes.Unavailable:
-		return fail(exitUnavailable, "no %s answers at %s: %s; start one with `nsalloc dev` (to try) or `systemctl start nsalloc-%s`, or name another with --%s",
-			to.what, to.address, transportCause(s.Message()), to.what, to.what)
+		return fail(exitUnavailable, "no %s answers at %s: %s; start %s, try things with `nsalloc dev`, or name another with --%s",
+			to.what, to.address, transportCause(s.Message()), daemonOf[to.what], to.what)
 	case s.Code() == codes.Unimplemented:
 		return fail(exitError, "the %s at %s does not know this call (%s); install nsalloc, nsalloc-server and nsalloc-agent of one release", to.what, to.address, s.Message())
 	}

@@ -127,7 +127,7 @@ func (e *examination) agentConfig(context.Context) checkup {
 	st, err := os.Stat(path)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		return bad("write it (docs/install.md has a full example), then systemctl enable --now nsalloc-agent", "%s is missing: the hook lets everything pass unseen", path)
+		return bad("write it (docs/install.md has a full example), then start nsalloc-agent (as root)", "%s is missing: the hook lets everything pass unseen", path)
 	case err != nil:
 		return bad("run it again as root", "%v", err)
 	case st.Mode().Perm()&0o022 != 0:
@@ -161,7 +161,7 @@ func (e *examination) agentSocket(ctx context.Context) checkup {
 		if trouble == "" {
 			trouble = "it does not say why"
 		}
-		return bad("look at the agent's log and at the server line below; until then new serials are provisional",
+		return bad("look at the agent's log and at the server line below; until then new namespaces wait for their serial",
 			"%s: does not reach the pool: %s", name, trouble)
 	case swept.IsZero():
 		return doubtful("wait for the first sweep", "%s: connected, has not swept /proc yet", name)

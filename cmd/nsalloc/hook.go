@@ -102,7 +102,7 @@ func (c *cli) hookInstall(f hookFlags) error {
 	if !root.exists(criuhook.ConfigPath) {
 		c.warn("%s is missing: the hook lets everything pass unseen until the agent is configured", root.path(criuhook.ConfigPath))
 	}
-	fmt.Fprintln(c.out, "Not done here: the agent. Start it with `systemctl enable --now nsalloc-agent`, then look at `nsalloc doctor`.")
+	fmt.Fprintln(c.out, "Not done here: the agent. Start nsalloc-agent (as root), then look at `nsalloc doctor`.")
 	return nil
 }
 
@@ -121,7 +121,7 @@ func (c *cli) hookUninstall(f hookFlags) error {
 	if err != nil || !written {
 		return err
 	}
-	fmt.Fprintln(c.out, "Not done here: the agent. Stop it with `systemctl disable --now nsalloc-agent`.")
+	fmt.Fprintln(c.out, "Not done here: the agent. Stop nsalloc-agent where nothing else needs it.")
 	return nil
 }
 
