@@ -19,6 +19,7 @@ import (
 
 	"github.com/nsalloc/nsalloc/internal/agent"
 	"github.com/nsalloc/nsalloc/internal/agentconf"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/client"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
@@ -36,8 +37,30 @@ func main() {
 	if err := command(os.Stderr).ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "nsalloc-agent:", err)
 		stop()
-		os.Exit(1)
+		os.Exit(exitCode(err))
 	}
+}
+
+// usageError is a command line, or a configuration, that cannot be meant.
+type usageError struct{ error }
+
+func (u usageError) Unwrap() error { return u.error }
+
+func usage(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// exitCode is 2 for wrong usage, 1 for everything else: a service manager need not try the former again.
+func exitCode(err error) int {
+	if _, ok := errors.AsType[usageError](err); ok || alloc.ReasonOf(err) == alloc.ReasonInvalid {
+		return 2
+	}
+	return 1
+}
+
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return usage("%q is not understood; `%s --help` shows what is", args[0], cmd.CommandPath())
+	}
+	return nil
 }
 
 func command(logs io.Writer) *cobra.Command {
@@ -51,7 +74,7 @@ func command(logs io.Writer) *cobra.Command {
 			"Settings come from " + criuhook.ConfigPath + ", and from the flags, which win.",
 		Example:       "  nsalloc-agent --host a --server unix:///run/nsalloc/server.sock",
 		Version:       version,
-		Args:          cobra.NoArgs,
+		Args:          noArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -69,6 +92,9 @@ func command(logs io.Writer) *cobra.Command {
 			return run(cmd.Context(), s, log)
 		},
 	}
+	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usage("%w; `%s --help` lists the flags", err, cmd.CommandPath())
+	})
 	f := cmd.Flags()
 	f.StringVar(&path, "config", criuhook.ConfigPath, "configuration file")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
@@ -80,7 +106,7 @@ func command(logs io.Writer) *cobra.Command {
 func logger(w io.Writer, level, format string) (*slog.Logger, error) {
 	var l slog.Level
 	if err := l.UnmarshalText([]byte(level)); err != nil {
-		return nil, fmt.Errorf("--log-level %q: write debug, info, warn or error", level)
+		return nil, usage("--log-level %q: write debug, info, warn or error", level)
 	}
 	o := &slog.HandlerOptions{Level: l}
 	switch format {
@@ -89,7 +115,7 @@ func logger(w io.Writer, level, format string) (*slog.Logger, error) {
 	case "json":
 		return slog.New(slog.NewJSONHandler(w, o)), nil
 	}
-	return nil, fmt.Errorf("--log-format %q: write text or json", format)
+	return nil, usage("--log-format %q: write text or json", format)
 }
 
 func run(ctx context.Context, s agentconf.Settings, log *slog.Logger) error {

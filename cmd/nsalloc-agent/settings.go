@@ -17,7 +17,10 @@ func load(path string, asked bool) (agentconf.Settings, error) {
 	if errors.Is(err, fs.ErrNotExist) && !asked {
 		return s, nil
 	}
-	return s, err
+	if err != nil {
+		return s, usageError{err}
+	}
+	return s, nil
 }
 
 func registerFlags(s *agentconf.Settings, f *pflag.FlagSet) {
@@ -45,6 +48,9 @@ func override(s *agentconf.Settings, f *pflag.FlagSet, over agentconf.Settings) 
 		if f.Changed(name) {
 			set()
 		}
+	}
+	if s.SweepInterval <= 0 {
+		return usage("sweep_interval or --sweep-interval %s: it must be more than nothing, such as 1s", s.SweepInterval)
 	}
 	if s.Host == "" {
 		name, err := os.Hostname()

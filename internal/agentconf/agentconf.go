@@ -52,8 +52,8 @@ func Keys() (keys []string) {
 	return keys
 }
 
-// Load reads the file over the defaults. A key that is not known is an error. With an error come the
-// defaults alone.
+// Load reads the file over the defaults. A key that is not known is an error, and so is a second document:
+// nobody would read it. With an error come the defaults alone.
 func Load(path string) (Settings, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -65,10 +65,25 @@ func Load(path string) (Settings, error) {
 	if err := d.Decode(&s); err != nil && !errors.Is(err, io.EOF) {
 		return Defaults(), fmt.Errorf("configuration %s: %w; the keys are %s", path, plain(err), strings.Join(Keys(), ", "))
 	}
+	var more yaml.Node
+	if err := d.Decode(&more); err == nil {
+		return Defaults(), fmt.Errorf("configuration %s: line %d: a second document begins; put all keys into one, without ---", path, more.Line)
+	} else if !errors.Is(err, io.EOF) {
+		return Defaults(), fmt.Errorf("configuration %s: %w", path, err)
+	}
 	return s, nil
 }
 
-var unknownKey = regexp.MustCompile(`field (.+) not found in type \S+`)
+// clearer says of the decoder's complaints what they mean in this file.
+var clearer = []struct {
+	complaint *regexp.Regexp
+	meaning   string
+}{
+	{regexp.MustCompile(`field (.+) not found in type \S+`), "there is no key $1"},
+	{regexp.MustCompile(`cannot unmarshal !!\S+ (.+) into time\.Duration`), "$1 is no duration: write a number with its unit, such as 1s"},
+	{regexp.MustCompile(`cannot unmarshal !!\S+ (.+) into bool`), "$1 is neither true nor false"},
+	{regexp.MustCompile(`cannot unmarshal !!\S+ (.+) into \S+Settings`), "$1 is no key with a value"},
+}
 
 // plain says it in terms of the file and on one line.
 func plain(err error) error {
@@ -76,5 +91,9 @@ func plain(err error) error {
 	if !ok {
 		return err
 	}
-	return errors.New(unknownKey.ReplaceAllString(strings.Join(e.Errors, ", "), "there is no key $1"))
+	text := strings.Join(e.Errors, ", ")
+	for _, c := range clearer {
+		text = c.complaint.ReplaceAllString(text, c.meaning)
+	}
+	return errors.New(text)
 }
