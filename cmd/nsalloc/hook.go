@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -41,7 +42,7 @@ exists, and from then on it needs the agent.`,
 		Example: `  nsalloc hook install --dry-run
   nsalloc hook install --yes --hook /usr/libexec/nsalloc-hook`,
 		Args: usageArgs(cobra.NoArgs),
-		RunE: func(*cobra.Command, []string) error { return c.hookInstall(f) },
+		RunE: func(cmd *cobra.Command, _ []string) error { return c.hookInstall(cmd.Context(), f) },
 	}
 	cmd.Flags().StringVar(&f.hook, "hook", "", "the hook's `PATH` (default: the nsalloc-hook beside this command)")
 	f.register(cmd)
@@ -59,7 +60,7 @@ From then on dumps and restores on this host go unseen: the agent ends the sandb
 and what is restored here gets fresh serials.`,
 		Example: "  nsalloc hook uninstall --dry-run",
 		Args:    usageArgs(cobra.NoArgs),
-		RunE:    func(*cobra.Command, []string) error { return c.hookUninstall(f) },
+		RunE:    func(cmd *cobra.Command, _ []string) error { return c.hookUninstall(cmd.Context(), f) },
 	}
 	f.register(cmd)
 	return cmd
@@ -71,7 +72,7 @@ func (f *hookFlags) register(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&f.yes, "yes", false, "write without asking")
 }
 
-func (c *cli) hookInstall(f hookFlags) error {
+func (c *cli) hookInstall(ctx context.Context, f hookFlags) error {
 	root := hostRoot(f.root)
 	if f.hook == "" {
 		var err error
@@ -93,7 +94,7 @@ func (c *cli) hookInstall(f hookFlags) error {
 	}
 	if bytes.Equal(text, conf.text) {
 		fmt.Fprintf(c.out, "%s runs %s already: nothing to do\n", conf.path, hook)
-	} else if written, err := c.change(conf, text, false, f); err != nil || !written {
+	} else if written, err := c.change(ctx, conf, text, false, f); err != nil || !written {
 		return err
 	}
 	for _, s := range root.shadows() {
@@ -106,7 +107,7 @@ func (c *cli) hookInstall(f hookFlags) error {
 	return nil
 }
 
-func (c *cli) hookUninstall(f hookFlags) error {
+func (c *cli) hookUninstall(ctx context.Context, f hookFlags) error {
 	root := hostRoot(f.root)
 	conf, err := root.readConf(hookconf.ConfPath)
 	if err != nil {
@@ -117,7 +118,7 @@ func (c *cli) hookUninstall(f hookFlags) error {
 		fmt.Fprintf(c.out, "%s does not run nsalloc-hook: nothing to do\n", conf.path)
 		return nil
 	}
-	written, err := c.change(conf, text, remove, f)
+	written, err := c.change(ctx, conf, text, remove, f)
 	if err != nil || !written {
 		return err
 	}
@@ -126,7 +127,7 @@ func (c *cli) hookUninstall(f hookFlags) error {
 }
 
 // change shows what would be different, asks, and writes. It reports whether it wrote.
-func (c *cli) change(conf confFile, text []byte, remove bool, f hookFlags) (bool, error) {
+func (c *cli) change(ctx context.Context, conf confFile, text []byte, remove bool, f hookFlags) (bool, error) {
 	before, after := conf.path, conf.path
 	if conf.text == nil {
 		before = "/dev/null"
@@ -143,12 +144,9 @@ func (c *cli) change(conf confFile, text []byte, remove bool, f hookFlags) (bool
 		if !isTerminal(c.in) {
 			return false, usage("nobody can be asked, because standard input is no terminal; say --yes to write, --dry-run to look only")
 		}
-		fmt.Fprintf(c.out, "Write %s? [y/N] ", conf.path)
-		line, err := bufio.NewReader(c.in).ReadString('\n')
-		if err != nil && !errors.Is(err, io.EOF) {
+		if yes, err := c.ask(ctx, "Write "+conf.path+"?"); err != nil {
 			return false, err
-		}
-		if a := strings.ToLower(strings.TrimSpace(line)); a != "y" && a != "yes" {
+		} else if !yes {
 			fmt.Fprintln(c.out, "Nothing was written.")
 			return false, nil
 		}
@@ -162,6 +160,35 @@ func (c *cli) change(conf confFile, text []byte, remove bool, f hookFlags) (bool
 		fmt.Fprintf(c.out, "%s is written.\n", conf.path)
 	}
 	return true, nil
+}
+
+// ask waits for a line, or for ctx: a read of a terminal knows no context, so it is left behind, and ends
+// with this process.
+func (c *cli) ask(ctx context.Context, question string) (bool, error) {
+	fmt.Fprint(c.out, question, " [y/N] ")
+	type reply struct {
+		line string
+		err  error
+	}
+	replies := make(chan reply, 1)
+	go func() {
+		line, err := bufio.NewReader(c.in).ReadString('\n')
+		replies <- reply{line, err}
+	}()
+	var r reply
+	select {
+	case <-ctx.Done():
+	case r = <-replies:
+	}
+	switch {
+	case ctx.Err() != nil: // also where both came at once
+		fmt.Fprintln(c.out)
+		return false, fail(exitError, "interrupted; nothing was written")
+	case r.err != nil && !errors.Is(r.err, io.EOF):
+		return false, r.err
+	}
+	a := strings.ToLower(strings.TrimSpace(r.line))
+	return a == "y" || a == "yes", nil
 }
 
 func (c *cli) printDiff(d []byte) {

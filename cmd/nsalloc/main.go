@@ -23,7 +23,11 @@ var version = "dev"
 
 func main() {
 	testhost.Main() // the demo's hosts are this binary, executed again
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ends := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // nohup is to keep its meaning
+		ends = append(ends, syscall.SIGHUP) // a terminal that is closed leaves no daemons and hosts behind
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	code := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
