@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -218,8 +219,8 @@ func (l *local) Identify(ctx context.Context, req *nsallocv1.IdentifyRequest) (*
 
 // numberSoon is numberProcess for a caller who waits: when the pool does not answer soon, it says why as
 // far as the agent knows.
-func (a *Agent) numberSoon(ctx context.Context, p kernelns.Process) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+func (a *Agent) numberSoon(call context.Context, p kernelns.Process) error {
+	ctx, cancel := context.WithTimeout(call, callTimeout)
 	defer cancel()
 	err := a.numberProcess(ctx, p)
 	switch alloc.ReasonOf(err) {
@@ -234,6 +235,8 @@ func (a *Agent) numberSoon(ctx context.Context, p kernelns.Process) error {
 	if t := a.trouble.Load(); t != nil {
 		err = errors.New(*t)
 	}
+	// gRPC's client must not try again by itself: the caller's time would be over before it is told why.
+	_ = grpc.SetTrailer(call, metadata.Pairs("grpc-retry-pushback-ms", "-1")) // fails only without a gRPC call
 	return &alloc.Error{Reason: alloc.ReasonUnavailable, Subject: fmt.Sprintf("process %d", p.PID), Msg: "it has a namespace without a serial, and the pool gave none in time",
 		Fix: "see that nsalloc-server runs and that `server` in agent.yaml names it, then ask again", RetryAfter: time.Second, Err: err}
 }

@@ -10,10 +10,14 @@ import (
 	"strings"
 	"testing"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client"
 )
 
 // TestLocalStatus: a refusal stays one; a failure of the agent's own is logged and says its cause.
@@ -38,6 +42,28 @@ func TestLocalStatus(t *testing.T) {
 	if !strings.Contains(logs.String(), "permission denied") || !strings.Contains(logs.String(), "method=/m") {
 		t.Errorf("logged %q", logs)
 	}
+}
+
+// TestIdentifyOnce: who asks while the pool is away is told why, and gRPC does not ask again by itself
+// until there is no time left to be told.
+func TestIdentifyOnce(t *testing.T) {
+	h := newHost(t)
+	h.pool.setAway(true)
+	fresh := container(t, containerFlags)
+	conn, err := client.DialConn("unix://" + h.config().AgentSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	var trailer metadata.MD
+	_, err = nsallocv1.NewAgentClient(conn).Identify(t.Context(), &nsallocv1.IdentifyRequest{Pid: int32(fresh.pid)}, grpc.Trailer(&trailer))
+	if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "the server is away") {
+		t.Error(err)
+	}
+	if got := trailer.Get("grpc-retry-pushback-ms"); !slices.Equal(got, []string{"-1"}) {
+		t.Errorf("pushback %q", got)
+	}
+	h.pool.setAway(false)
 }
 
 // TestNotInitial: the machine's own namespaces have fixed numbers; a container's do not.
