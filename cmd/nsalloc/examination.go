@@ -44,6 +44,7 @@ func (e *examination) run(ctx context.Context) []checkup {
 		{"hook socket", e.hookSocket},
 		{"server", e.serverHealth},
 		{"pool", e.poolState},
+		{"host record", e.hostRecord},
 		{"clock", e.clock},
 		{"store", e.store},
 	}
@@ -235,6 +236,39 @@ func (e *examination) poolState(ctx context.Context) checkup {
 		return bad("wait for the generation to be raised; the servers' logs say what they wait for", "pool %s is recovering: nothing is issued", pool.UUID)
 	}
 	return good("%s, generation %d, open", pool.UUID, pool.Generation)
+}
+
+// hostRecord compares the agent's life with the one that the pool has of this host. The pool refuses what
+// an earlier life says.
+func (e *examination) hostRecord(ctx context.Context) checkup {
+	st, err := e.agentStatus(ctx)
+	switch {
+	case err != nil:
+		return skipped("the agent does not answer")
+	case st.GetIncarnation() == 0:
+		return skipped("the agent has not joined a pool yet")
+	}
+	var record *alloc.Host
+	err = e.withPool(ctx, func(ctx context.Context, p *client.Client) (err error) {
+		record, err = p.Host(ctx, st.GetHost())
+		if err == nil && record == nil {
+			err = errMissing("host")
+		}
+		return err
+	})
+	if err != nil {
+		f := explain(err)
+		if f.code == exitUnavailable {
+			return skipped("the server does not answer")
+		}
+		seen, fix, _ := strings.Cut(f.message, "; ")
+		return doubtful(fix, "%s", seen)
+	}
+	if own := alloc.Incarnation(st.GetIncarnation()); own != record.Incarnation {
+		return doubtful("look for another agent, on this machine or another one, that joins as "+record.Name+" (host in "+criuhook.ConfigPath+"), then restart this one",
+			"the agent's incarnation is %s, the pool's record of host %s has %s", own, record.Name, record.Incarnation)
+	}
+	return good("host %s, incarnation %s, in the pool as in the agent", record.Name, record.Incarnation)
 }
 
 // clock: no promise rests on clocks, but histories are read beside logs.

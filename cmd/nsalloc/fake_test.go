@@ -29,7 +29,8 @@ type fake struct {
 	nsallocv1.UnimplementedAgentServer
 	records
 
-	away bool // the agent does not reach its pool
+	away   bool // the agent does not reach its pool
+	fenced bool // another agent has said Hello in its name
 }
 
 type records struct {
@@ -179,12 +180,15 @@ func (f fakeHandoff) ListCheckpoints(_ context.Context, r *nsallocv1.ListCheckpo
 
 func (f *fake) Status(context.Context, *nsallocv1.StatusRequest) (*nsallocv1.StatusResponse, error) {
 	st := &nsallocv1.StatusResponse{
-		Host: "b", Incarnation: 1<<48 | 1, BootId: bootB, Pool: f.pool, Connected: !f.away, Granted: 900,
+		Host: "b", Incarnation: 1<<48 | 3, BootId: bootB, Pool: f.pool, Connected: !f.away, Granted: 900,
 		Sandboxes: 2, Namespaces: 8, Swept: timestamppb.New(time.Now().Add(-3 * time.Second)), Version: "v0.1.0",
 		KernelIds: true, HookSocket: "/run/nsalloc/hook.sock",
 	}
 	if f.away {
 		st.Trouble = "connection refused"
+	}
+	if f.fenced {
+		st.Incarnation--
 	}
 	return st, nil
 }

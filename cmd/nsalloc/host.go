@@ -17,8 +17,12 @@ func (c *cli) hostCommand() *cobra.Command {
 
 func (c *cli) hostListCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:     "list",
-		Short:   "List the pool's hosts",
+		Use:   "list",
+		Short: "List the pool's hosts",
+		Long: `List the pool's hosts.
+
+JOINED is when the agent's life or the host's boot began, and not when the host was last seen: a host that
+has been up for a year has joined a year ago.`,
 		Example: "  nsalloc host list -o wide",
 		Args:    usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -46,7 +50,7 @@ func (c *cli) hostList(ctx context.Context, p *client.Client) error {
 }
 
 func (c *cli) hostTable(hosts []*alloc.Host) *table {
-	titles := []string{"NAME", "INCARNATION#", "GRANTED#", "HELLO#", "KERNEL", "CRIU"}
+	titles := []string{"NAME", "INCARNATION#", "GRANTED#", "JOINED#", "KERNEL", "CRIU"}
 	if c.wide() {
 		titles = append(titles, "BOOT-ID")
 	}
@@ -87,7 +91,7 @@ func (c *cli) printHost(h *alloc.Host) error {
 	f.add("Host", in(styleKey, h.Name))
 	f.add("Incarnation", h.Incarnation)
 	f.add("Boot", h.BootID)
-	f.add("Last Hello", c.clock(h.Hello))
+	f.add("Joined", c.clock(h.Hello))
 	f.add("To spend", h.Granted.Count())
 	for _, r := range h.Granted {
 		f.add("", r.First.String()+" to "+r.Last().String())

@@ -55,6 +55,7 @@ func TestStories(t *testing.T) {
 				"pool.sock":   {records: recorded()},
 				"broken.sock": {records: broken()},
 				"away.sock":   {records: recorded(), away: true},
+				"fenced.sock": {records: recorded(), fenced: true},
 				"empty.sock":  {records: records{pool: recorded().pool}},
 			} {
 				l, err := net.Listen("unix", filepath.Join(dir, name))
