@@ -57,9 +57,37 @@ func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 			}
 			return usage("%q is no command; %s", args[0], hint)
 		default:
-			return usage("%v; write it as: %s", err, cmd.UseLine())
+			return misuse(cmd, args)
 		}
 	}
+}
+
+// misuse says what a command expects instead of these arguments, and shows it.
+func misuse(cmd *cobra.Command, args []string) error {
+	name := cmd.CommandPath()
+	want := wanted(cmd)
+	example := name
+	if line, _, _ := strings.Cut(strings.TrimSpace(cmd.Example), "\n"); line != "" {
+		example, _, _ = strings.Cut(line, "   ") // what it is for
+	}
+	switch {
+	case len(args) < len(want):
+		return usage("%s needs %s; for example: %s", name, strings.Join(want[len(args):], " and "), example)
+	case len(want) == 0:
+		return usage("%s takes flags only, and %q is none; for example: %s", name, args[0], example)
+	}
+	return usage("%s takes %s, and %q is too much; for example: %s", name, strings.Join(want, " and "), args[len(want)], example)
+}
+
+// wanted are the arguments in a command's Use: the words before its flags.
+func wanted(cmd *cobra.Command) (words []string) {
+	for _, w := range strings.Fields(cmd.Use)[1:] {
+		if strings.HasPrefix(w, "[") || strings.HasPrefix(w, "-") {
+			break
+		}
+		words = append(words, strings.ReplaceAll(w, "|", " or "))
+	}
+	return words
 }
 
 var errTimeout = errors.New("--timeout is over")

@@ -114,6 +114,15 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 conflict, 5 unavailable.`,
 	add("pool", c.sandboxCommand(), c.serialCommand(), c.checkpointCommand(), c.hostCommand(), c.poolCommand())
 	add("setup", c.demoCommand(), c.devCommand(), c.hookCommand())
 	root.AddCommand(c.versionCommand())
+
+	root.InitDefaultCompletionCmd("completion") // now, and not when it runs: its words are to be ours
+	if cmd, _, err := root.Find([]string{"completion"}); err == nil {
+		cmd.Args, cmd.RunE = nil, needsVerb
+		for _, shell := range cmd.Commands() {
+			shell.Args = usageArgs(cobra.NoArgs)
+			shell.Example = "  source <(" + shell.CommandPath() + ")"
+		}
+	}
 	return root
 }
 
@@ -122,19 +131,21 @@ func group(name, short string, verbs ...*cobra.Command) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   name + " VERB",
 		Short: short,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			var names []string
-			for _, v := range cmd.Commands() {
-				names = append(names, v.Name())
-			}
-			if len(args) > 0 {
-				return usage("%q is no verb of %s; there are: %s", args[0], cmd.CommandPath(), strings.Join(names, ", "))
-			}
-			return usage("%s needs a verb: %s", cmd.CommandPath(), strings.Join(names, ", "))
-		},
+		RunE:  needsVerb,
 	}
 	cmd.AddCommand(verbs...)
 	return cmd
+}
+
+func needsVerb(cmd *cobra.Command, args []string) error {
+	var names []string
+	for _, v := range cmd.Commands() {
+		names = append(names, v.Name())
+	}
+	if len(args) > 0 {
+		return usage("%q is no verb of %s; there are: %s", args[0], cmd.CommandPath(), strings.Join(names, ", "))
+	}
+	return usage("%s needs a verb: %s", cmd.CommandPath(), strings.Join(names, ", "))
 }
 
 func (c *cli) checkFlags(insecureSaid bool) error {
