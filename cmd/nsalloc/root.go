@@ -187,7 +187,7 @@ func (c *cli) settle(root hostRoot) error {
 // settleHere is settle for all but the doctor, which has a line for the file.
 func (c *cli) settleHere() {
 	if err := c.settle("/"); err != nil {
-		c.warn("%v: not heeded here, --server and --agent say whom to ask", err)
+		c.warn("the agent's configuration is not heeded; mend it, or say --server and --agent: %v", err)
 	}
 }
 

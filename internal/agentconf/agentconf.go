@@ -79,7 +79,7 @@ var clearer = []struct {
 	complaint *regexp.Regexp
 	meaning   string
 }{
-	{regexp.MustCompile(`field (.+) not found in type \S+`), "there is no key $1"},
+	{regexp.MustCompile(`field (\S+) not found in type [\w.]+`), "there is no key $1"},
 	{regexp.MustCompile(`cannot unmarshal !!\S+ (.+) into time\.Duration`), "$1 is no duration: write a number with its unit, such as 1s"},
 	{regexp.MustCompile(`cannot unmarshal !!\S+ (.+) into bool`), "$1 is neither true nor false"},
 	{regexp.MustCompile(`cannot unmarshal !!\S+ (.+) into \S+Settings`), "$1 is no key with a value"},

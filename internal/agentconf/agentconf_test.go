@@ -22,6 +22,7 @@ func TestLoad(t *testing.T) {
 		"comments only": {"# later\n", Defaults(), ""},
 		"some":          {"host: a\nserver: pool:7070\ninsecure: true\nsweep_interval: 5s\n", changed, ""},
 		"unknown keys":  {"host: a\nsever: pool:7070\n", Defaults(), "line 2: there is no key sever; the keys are host, server, insecure, state_dir, hook_socket, agent_socket, sweep_interval"},
+		"two mistakes":  {"sever: x\ninsecure: 7\n", Defaults(), "line 1: there is no key sever, line 2: `7` is neither"},
 		"a wrong type":  {"host: a\ninsecure: perhaps\n", Defaults(), "line 2: `perhaps` is neither true nor false"},
 		"no unit":       {"sweep_interval: 5\n", Defaults(), "line 1: `5` is no duration: write a number with its unit, such as 1s"},
 		"no duration":   {"host: a\nsweep_interval: soon\n", Defaults(), "line 2: `soon` is no duration"},
