@@ -22,9 +22,9 @@ func Decide(a Action, answer Response, err error, bypassed bool) Decision {
 	text := err.Error()
 	switch {
 	case errors.Is(err, ErrNoAgent):
-		text += "; start it: systemctl start nsalloc-agent"
+		text += "; start nsalloc-agent, as root"
 	case errors.Is(err, ErrNoAnswer):
-		text += "; see its log: journalctl -u nsalloc-agent"
+		text += "; nsalloc-agent's log says more"
 	}
 	switch {
 	case !can:
