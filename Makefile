@@ -25,7 +25,7 @@ STORE  := $(addsuffix /...,$(wildcard ./internal/etcd*))
 # command:package. What the test hosts need, internal/testhost installs by itself.
 NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables
 
-.PHONY: help build test demo deps lint generate check-generated unit store e2e clean
+.PHONY: help build test demo deps lint generate check-generated unit store e2e bench-hooks clean
 .PHONY: $(COMMANDS)
 
 help: ## print this list
@@ -111,6 +111,10 @@ e2e: build ## real binaries, real CRIU, hosts of their own (as root)
 	fi
 	export NSALLOC_BIN=$(CURDIR)/bin
 	$(GOTEST) -count=1 -v ./e2e/...
+
+bench-hooks: build ## what the hook adds to a migration, beside no script and /bin/true (as root)
+	@export NSALLOC_BIN=$(CURDIR)/bin
+	go test ./e2e -run '^$$' -bench Hooks -benchtime 10x -timeout 15m
 
 clean: ## remove what a build leaves in the tree
 	rm -rf bin
