@@ -190,7 +190,7 @@ func TestDemoSimulation(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			k, err := make()
 			if err != nil {
-				t.Skip("no namespaces to be had: ", err)
+				skip(t, "no namespaces to be had: ", err)
 			}
 			c, out, errs := testCLI(nil)
 			if err := c.simulateOn(t.Context(), c.screen(), k); err != nil {
@@ -291,12 +291,21 @@ func TestDemoAsks(t *testing.T) {
 	}
 }
 
+// skip leaves a test out, by name; in CI what is missing is a failure.
+func skip(t *testing.T, why ...any) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatal(append(why, "; in CI this must work")...)
+	}
+	t.Skip(why...)
+}
+
 // openTerminal is a terminal, and the screen and keyboard behind it.
 func openTerminal(t *testing.T) (terminal, screen *os.File) {
 	t.Helper()
 	screen, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
-		t.Skip("no terminals here: ", err)
+		skip(t, "no terminals here: ", err)
 	}
 	t.Cleanup(func() { screen.Close() })
 	n, err := unix.IoctlGetInt(int(screen.Fd()), unix.TIOCGPTN)
@@ -307,7 +316,7 @@ func openTerminal(t *testing.T) (terminal, screen *os.File) {
 		terminal, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
 	}
 	if err != nil {
-		t.Skip("no terminals here: ", err)
+		skip(t, "no terminals here: ", err)
 	}
 	return terminal, screen
 }

@@ -132,7 +132,7 @@ func (f fakeSandboxes) List(_ context.Context, r *nsallocv1.SandboxesListRequest
 	return &nsallocv1.SandboxesListResponse{Sandboxes: some, NextPageToken: next, Revision: 42}, nil
 }
 
-func (f fakeHosts) Get(_ context.Context, r *nsallocv1.HostsGetRequest) (*nsallocv1.HostsGetResponse, error) {
+func (f fakeHosts) Get(ctx context.Context, r *nsallocv1.HostsGetRequest) (*nsallocv1.HostsGetResponse, error) {
 	for _, h := range f.hosts {
 		if h.Name == r.Name {
 			return &nsallocv1.HostsGetResponse{Host: h, Revision: 42}, nil
@@ -148,7 +148,7 @@ func (f fakeHosts) Get(_ context.Context, r *nsallocv1.HostsGetRequest) (*nsallo
 	case "new":
 		return nil, status.Error(codes.Unimplemented, "unknown method Get")
 	case "silent":
-		time.Sleep(2 * time.Second)
+		<-ctx.Done() // until the command has given up
 	}
 	return nil, refuse(alloc.ReasonHostUnknown, "host "+r.Name, "no host of that name has said Hello")
 }
