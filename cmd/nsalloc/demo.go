@@ -132,7 +132,7 @@ func (c *cli) demoOnHosts(ctx context.Context, s *screen, bin string, keep bool)
 	}
 	if err == nil && !keep {
 		s.say(stylePlain, "", shown.sum())
-		s.next(h.rootfs)
+		s.next(os.Args[0], h.rootfs)
 	}
 	return err
 }
@@ -220,18 +220,28 @@ func (c *cli) offer(ctx context.Context, s *screen, why error) error {
 	return silent(exitError)
 }
 
-// next says where to go from here.
-func (s *screen) next(rootfs string) {
+// next says where to go from here; self is this command's path.
+func (s *screen) next(self, rootfs string) {
 	s.say(stylePlain, "", "Next:")
-	self := os.Args[0]
-	for _, n := range []struct{ what, why string }{
+	hints := []struct{ what, why string }{
 		{self + " demo --keep", "the same, and the hosts stay to look around in"},
 		{self + " dev", "a pool on this machine, to try commands"},
 		{"make test", "all that is promised, tested, as root"},
 		{"README.md", "how to install it on hosts of your own"},
-	} {
-		pad := strings.Repeat(" ", max(2, len(self)+len(" demo --keep")+2-columns(n.what)))
-		s.line(stylePlain, "  "+n.what+pad+s.paint.do(styleDim, n.why))
+	}
+	const margin, gap = 2, 2
+	left, right := 0, 0
+	for _, h := range hints {
+		left, right = max(left, columns(h.what)), max(right, columns(h.why))
+	}
+	// Beside each other where there is room; a command's path may be long.
+	beside := margin+left+gap+right <= s.width
+	for _, h := range hints {
+		between := "\n" + strings.Repeat(" ", 3*margin)
+		if beside {
+			between = strings.Repeat(" ", left-columns(h.what)+gap)
+		}
+		s.line(stylePlain, strings.Repeat(" ", margin)+h.what+between+s.paint.do(styleDim, h.why))
 	}
 	s.say(styleDim, "", "The hosts' Debian stays for the next time: "+rootfs)
 }

@@ -357,3 +357,25 @@ func TestDemoFlags(t *testing.T) {
 		}
 	}
 }
+
+// TestDemoNext: hints stand beside their commands where there is room, and below them where a path is long.
+func TestDemoNext(t *testing.T) {
+	for self, below := range map[string]bool{
+		"nsalloc":                false,
+		"/usr/local/bin/nsalloc": false,
+		"/srv/builds/checkouts/nsalloc/bin/nsalloc":   true,
+		"/" + strings.Repeat("deep/", 20) + "nsalloc": true,
+	} {
+		var out bytes.Buffer
+		s := &screen{out: &out, width: demoWidth}
+		s.next(self, "/var/cache/nsalloc/rootfs")
+		if got := strings.Contains(out.String(), "make test\n"); got != below {
+			t.Errorf("%s: below is %v:\n%s", self, got, &out)
+		}
+		for line := range strings.Lines(out.String()) {
+			if line = strings.TrimRight(line, "\n"); columns(line) > demoWidth && !strings.Contains(line, self) {
+				t.Errorf("%s: a line has %d columns: %s", self, columns(line), line)
+			}
+		}
+	}
+}
