@@ -224,7 +224,7 @@ func (c *cli) offer(ctx context.Context, s *screen, why error) error {
 func (s *screen) next(self, rootfs string) {
 	s.say(stylePlain, "", "Next:")
 	hints := []struct{ what, why string }{
-		{self + " demo --keep", "the same, and keep the hosts to look around"},
+		{self + " demo --keep", "once more, and keep the hosts"},
 		{self + " dev", "a pool on this machine, to try commands"},
 		{"make test", "all that is promised, tested, as root"},
 		{"README.md", "how to install it on hosts of your own"},
