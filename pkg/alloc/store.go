@@ -102,9 +102,13 @@ type Token string
 
 // Entry is a record as read. Record is nil and Token is "" when the key is absent.
 type Entry struct {
-	Key      Key
-	Record   Record
-	Token    Token
+	Key    Key
+	Record Record
+	Token  Token
+	// Err says why the value under Key cannot be understood: ErrMalformed, or ErrFormat for one that a
+	// newer version wrote. Record is nil then, and Token is the value's: such a record can be guarded,
+	// moved and deleted, but never be mistaken for an absent one.
+	Err      error
 	Revision Revision // of the record's last change; 0 when absent
 }
 
@@ -121,11 +125,13 @@ type Tx struct {
 	Delete []Key
 }
 
-// Change is one committed write as a watch delivers it; Record is nil when the key was deleted.
+// Change is one committed write as a watch delivers it; Record is nil when the key was deleted, and
+// when the value cannot be understood: Err says why, as in Entry.
 type Change struct {
 	Key      Key
 	Record   Record
 	Token    Token
+	Err      error
 	Revision Revision
 }
 
@@ -147,7 +153,9 @@ type Change struct {
 //     second transaction may stand in for it only if its guards exclude that both take effect.
 //   - ErrUnavailable: the store was not reached and nothing was written.
 //   - ErrTooLarge: more than the store takes in one transaction; nothing was written.
-//   - ErrMalformed, ErrFormat: a record that was read cannot be understood; it is left as it is.
+//
+// A record that cannot be understood is no error of the call: its Entry or Change has it, and all others
+// are there. It is left as it is.
 //
 // A context that ends during Commit gives ErrUnknownOutcome, during a read ErrUnavailable.
 type Store interface {

@@ -21,6 +21,125 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// SandboxesHistoryRequest asks for one page.
+type SandboxesHistoryRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The sandbox's own serial.
+	Serial uint64 `protobuf:"fixed64,1,opt,name=serial,proto3" json:"serial,omitempty"`
+	// Only stints of a greater epoch; 0 for the first page.
+	After uint64 `protobuf:"fixed64,2,opt,name=after,proto3" json:"after,omitempty"`
+	// At most how many; 1 to 1000, 0 is 1000.
+	Limit         uint32 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SandboxesHistoryRequest) Reset() {
+	*x = SandboxesHistoryRequest{}
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SandboxesHistoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SandboxesHistoryRequest) ProtoMessage() {}
+
+func (x *SandboxesHistoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SandboxesHistoryRequest.ProtoReflect.Descriptor instead.
+func (*SandboxesHistoryRequest) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *SandboxesHistoryRequest) GetSerial() uint64 {
+	if x != nil {
+		return x.Serial
+	}
+	return 0
+}
+
+func (x *SandboxesHistoryRequest) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+func (x *SandboxesHistoryRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+// SandboxesHistoryResponse is one page, oldest first.
+type SandboxesHistoryResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The stints, in the order of their epochs; fewer than the limit only at the end.
+	Stints []*Stint `protobuf:"bytes,1,rep,name=stints,proto3" json:"stints,omitempty"`
+	// The revision of the store that the answer reflects.
+	Revision      int64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SandboxesHistoryResponse) Reset() {
+	*x = SandboxesHistoryResponse{}
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SandboxesHistoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SandboxesHistoryResponse) ProtoMessage() {}
+
+func (x *SandboxesHistoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SandboxesHistoryResponse.ProtoReflect.Descriptor instead.
+func (*SandboxesHistoryResponse) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *SandboxesHistoryResponse) GetStints() []*Stint {
+	if x != nil {
+		return x.Stints
+	}
+	return nil
+}
+
+func (x *SandboxesHistoryResponse) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 // RegisterRequest carries up to 60 items.
 type RegisterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -38,7 +157,7 @@ type RegisterRequest struct {
 
 func (x *RegisterRequest) Reset() {
 	*x = RegisterRequest{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[0]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -50,7 +169,7 @@ func (x *RegisterRequest) String() string {
 func (*RegisterRequest) ProtoMessage() {}
 
 func (x *RegisterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[0]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -63,7 +182,7 @@ func (x *RegisterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterRequest.ProtoReflect.Descriptor instead.
 func (*RegisterRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{0}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *RegisterRequest) GetRequestId() string {
@@ -119,7 +238,7 @@ type RegisterItem struct {
 
 func (x *RegisterItem) Reset() {
 	*x = RegisterItem{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[1]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -131,7 +250,7 @@ func (x *RegisterItem) String() string {
 func (*RegisterItem) ProtoMessage() {}
 
 func (x *RegisterItem) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[1]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -144,7 +263,7 @@ func (x *RegisterItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterItem.ProtoReflect.Descriptor instead.
 func (*RegisterItem) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{1}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *RegisterItem) GetSandbox() uint64 {
@@ -209,7 +328,7 @@ type RegisterResponse struct {
 
 func (x *RegisterResponse) Reset() {
 	*x = RegisterResponse{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[2]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -221,7 +340,7 @@ func (x *RegisterResponse) String() string {
 func (*RegisterResponse) ProtoMessage() {}
 
 func (x *RegisterResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[2]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -234,7 +353,7 @@ func (x *RegisterResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterResponse.ProtoReflect.Descriptor instead.
 func (*RegisterResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{2}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RegisterResponse) GetSandboxes() []*Sandbox {
@@ -268,7 +387,7 @@ type EndRequest struct {
 
 func (x *EndRequest) Reset() {
 	*x = EndRequest{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[3]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -280,7 +399,7 @@ func (x *EndRequest) String() string {
 func (*EndRequest) ProtoMessage() {}
 
 func (x *EndRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[3]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -293,7 +412,7 @@ func (x *EndRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndRequest.ProtoReflect.Descriptor instead.
 func (*EndRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{3}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *EndRequest) GetRequestId() string {
@@ -335,7 +454,7 @@ type EndResponse struct {
 
 func (x *EndResponse) Reset() {
 	*x = EndResponse{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[4]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -347,7 +466,7 @@ func (x *EndResponse) String() string {
 func (*EndResponse) ProtoMessage() {}
 
 func (x *EndResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[4]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -360,7 +479,7 @@ func (x *EndResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndResponse.ProtoReflect.Descriptor instead.
 func (*EndResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{4}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *EndResponse) GetSandbox() *Sandbox {
@@ -388,7 +507,7 @@ type SandboxesGetRequest struct {
 
 func (x *SandboxesGetRequest) Reset() {
 	*x = SandboxesGetRequest{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[5]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -400,7 +519,7 @@ func (x *SandboxesGetRequest) String() string {
 func (*SandboxesGetRequest) ProtoMessage() {}
 
 func (x *SandboxesGetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[5]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -413,7 +532,7 @@ func (x *SandboxesGetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesGetRequest.ProtoReflect.Descriptor instead.
 func (*SandboxesGetRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{5}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SandboxesGetRequest) GetBy() isSandboxesGetRequest_By {
@@ -482,7 +601,7 @@ type HostNamespace struct {
 
 func (x *HostNamespace) Reset() {
 	*x = HostNamespace{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[6]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -494,7 +613,7 @@ func (x *HostNamespace) String() string {
 func (*HostNamespace) ProtoMessage() {}
 
 func (x *HostNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[6]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -507,7 +626,7 @@ func (x *HostNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostNamespace.ProtoReflect.Descriptor instead.
 func (*HostNamespace) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{6}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *HostNamespace) GetHost() string {
@@ -546,7 +665,7 @@ type SandboxesGetResponse struct {
 
 func (x *SandboxesGetResponse) Reset() {
 	*x = SandboxesGetResponse{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -558,7 +677,7 @@ func (x *SandboxesGetResponse) String() string {
 func (*SandboxesGetResponse) ProtoMessage() {}
 
 func (x *SandboxesGetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -571,7 +690,7 @@ func (x *SandboxesGetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesGetResponse.ProtoReflect.Descriptor instead.
 func (*SandboxesGetResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{7}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SandboxesGetResponse) GetSandbox() *Sandbox {
@@ -614,7 +733,7 @@ type SandboxesListRequest struct {
 
 func (x *SandboxesListRequest) Reset() {
 	*x = SandboxesListRequest{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -626,7 +745,7 @@ func (x *SandboxesListRequest) String() string {
 func (*SandboxesListRequest) ProtoMessage() {}
 
 func (x *SandboxesListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -639,7 +758,7 @@ func (x *SandboxesListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesListRequest.ProtoReflect.Descriptor instead.
 func (*SandboxesListRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{8}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SandboxesListRequest) GetOwner() string {
@@ -692,7 +811,7 @@ type SandboxesListResponse struct {
 
 func (x *SandboxesListResponse) Reset() {
 	*x = SandboxesListResponse{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -704,7 +823,7 @@ func (x *SandboxesListResponse) String() string {
 func (*SandboxesListResponse) ProtoMessage() {}
 
 func (x *SandboxesListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -717,7 +836,7 @@ func (x *SandboxesListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesListResponse.ProtoReflect.Descriptor instead.
 func (*SandboxesListResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{9}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SandboxesListResponse) GetSandboxes() []*Sandbox {
@@ -746,7 +865,14 @@ var File_nsalloc_v1_sandboxes_proto protoreflect.FileDescriptor
 const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"\n" +
 	"\x1ansalloc/v1/sandboxes.proto\x12\n" +
-	"nsalloc.v1\x1a\x16nsalloc/v1/types.proto\"\xab\x01\n" +
+	"nsalloc.v1\x1a\x16nsalloc/v1/types.proto\"]\n" +
+	"\x17SandboxesHistoryRequest\x12\x16\n" +
+	"\x06serial\x18\x01 \x01(\x06R\x06serial\x12\x14\n" +
+	"\x05after\x18\x02 \x01(\x06R\x05after\x12\x14\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\"a\n" +
+	"\x18SandboxesHistoryResponse\x12)\n" +
+	"\x06stints\x18\x01 \x03(\v2\x11.nsalloc.v1.StintR\x06stints\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\"\xab\x01\n" +
 	"\x0fRegisterRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12 \n" +
@@ -801,12 +927,13 @@ const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"\x15SandboxesListResponse\x121\n" +
 	"\tsandboxes\x18\x01 \x03(\v2\x13.nsalloc.v1.SandboxR\tsandboxes\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12\x1a\n" +
-	"\brevision\x18\x03 \x01(\x03R\brevision2\xa1\x02\n" +
+	"\brevision\x18\x03 \x01(\x03R\brevision2\xf7\x02\n" +
 	"\tSandboxes\x12E\n" +
 	"\bRegister\x12\x1b.nsalloc.v1.RegisterRequest\x1a\x1c.nsalloc.v1.RegisterResponse\x126\n" +
 	"\x03End\x12\x16.nsalloc.v1.EndRequest\x1a\x17.nsalloc.v1.EndResponse\x12H\n" +
 	"\x03Get\x12\x1f.nsalloc.v1.SandboxesGetRequest\x1a .nsalloc.v1.SandboxesGetResponse\x12K\n" +
-	"\x04List\x12 .nsalloc.v1.SandboxesListRequest\x1a!.nsalloc.v1.SandboxesListResponseB;Z9github.com/nsalloc/nsalloc/api/proto/nsalloc/v1;nsallocv1b\x06proto3"
+	"\x04List\x12 .nsalloc.v1.SandboxesListRequest\x1a!.nsalloc.v1.SandboxesListResponse\x12T\n" +
+	"\aHistory\x12#.nsalloc.v1.SandboxesHistoryRequest\x1a$.nsalloc.v1.SandboxesHistoryResponseB;Z9github.com/nsalloc/nsalloc/api/proto/nsalloc/v1;nsallocv1b\x06proto3"
 
 var (
 	file_nsalloc_v1_sandboxes_proto_rawDescOnce sync.Once
@@ -820,55 +947,61 @@ func file_nsalloc_v1_sandboxes_proto_rawDescGZIP() []byte {
 	return file_nsalloc_v1_sandboxes_proto_rawDescData
 }
 
-var file_nsalloc_v1_sandboxes_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_nsalloc_v1_sandboxes_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_nsalloc_v1_sandboxes_proto_goTypes = []any{
-	(*RegisterRequest)(nil),       // 0: nsalloc.v1.RegisterRequest
-	(*RegisterItem)(nil),          // 1: nsalloc.v1.RegisterItem
-	(*RegisterResponse)(nil),      // 2: nsalloc.v1.RegisterResponse
-	(*EndRequest)(nil),            // 3: nsalloc.v1.EndRequest
-	(*EndResponse)(nil),           // 4: nsalloc.v1.EndResponse
-	(*SandboxesGetRequest)(nil),   // 5: nsalloc.v1.SandboxesGetRequest
-	(*HostNamespace)(nil),         // 6: nsalloc.v1.HostNamespace
-	(*SandboxesGetResponse)(nil),  // 7: nsalloc.v1.SandboxesGetResponse
-	(*SandboxesListRequest)(nil),  // 8: nsalloc.v1.SandboxesListRequest
-	(*SandboxesListResponse)(nil), // 9: nsalloc.v1.SandboxesListResponse
-	nil,                           // 10: nsalloc.v1.RegisterItem.LabelsEntry
-	(*Range)(nil),                 // 11: nsalloc.v1.Range
-	(*Binding)(nil),               // 12: nsalloc.v1.Binding
-	(*Sandbox)(nil),               // 13: nsalloc.v1.Sandbox
-	(NamespaceType)(0),            // 14: nsalloc.v1.NamespaceType
-	(*KernelId)(nil),              // 15: nsalloc.v1.KernelId
-	(*Checkpoint)(nil),            // 16: nsalloc.v1.Checkpoint
-	(SandboxState)(0),             // 17: nsalloc.v1.SandboxState
+	(*SandboxesHistoryRequest)(nil),  // 0: nsalloc.v1.SandboxesHistoryRequest
+	(*SandboxesHistoryResponse)(nil), // 1: nsalloc.v1.SandboxesHistoryResponse
+	(*RegisterRequest)(nil),          // 2: nsalloc.v1.RegisterRequest
+	(*RegisterItem)(nil),             // 3: nsalloc.v1.RegisterItem
+	(*RegisterResponse)(nil),         // 4: nsalloc.v1.RegisterResponse
+	(*EndRequest)(nil),               // 5: nsalloc.v1.EndRequest
+	(*EndResponse)(nil),              // 6: nsalloc.v1.EndResponse
+	(*SandboxesGetRequest)(nil),      // 7: nsalloc.v1.SandboxesGetRequest
+	(*HostNamespace)(nil),            // 8: nsalloc.v1.HostNamespace
+	(*SandboxesGetResponse)(nil),     // 9: nsalloc.v1.SandboxesGetResponse
+	(*SandboxesListRequest)(nil),     // 10: nsalloc.v1.SandboxesListRequest
+	(*SandboxesListResponse)(nil),    // 11: nsalloc.v1.SandboxesListResponse
+	nil,                              // 12: nsalloc.v1.RegisterItem.LabelsEntry
+	(*Stint)(nil),                    // 13: nsalloc.v1.Stint
+	(*Range)(nil),                    // 14: nsalloc.v1.Range
+	(*Binding)(nil),                  // 15: nsalloc.v1.Binding
+	(*Sandbox)(nil),                  // 16: nsalloc.v1.Sandbox
+	(NamespaceType)(0),               // 17: nsalloc.v1.NamespaceType
+	(*KernelId)(nil),                 // 18: nsalloc.v1.KernelId
+	(*Checkpoint)(nil),               // 19: nsalloc.v1.Checkpoint
+	(SandboxState)(0),                // 20: nsalloc.v1.SandboxState
 }
 var file_nsalloc_v1_sandboxes_proto_depIdxs = []int32{
-	11, // 0: nsalloc.v1.RegisterRequest.spend:type_name -> nsalloc.v1.Range
-	1,  // 1: nsalloc.v1.RegisterRequest.items:type_name -> nsalloc.v1.RegisterItem
-	12, // 2: nsalloc.v1.RegisterItem.add:type_name -> nsalloc.v1.Binding
-	10, // 3: nsalloc.v1.RegisterItem.labels:type_name -> nsalloc.v1.RegisterItem.LabelsEntry
-	13, // 4: nsalloc.v1.RegisterResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
-	11, // 5: nsalloc.v1.RegisterResponse.granted:type_name -> nsalloc.v1.Range
-	13, // 6: nsalloc.v1.EndResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	6,  // 7: nsalloc.v1.SandboxesGetRequest.namespace:type_name -> nsalloc.v1.HostNamespace
-	14, // 8: nsalloc.v1.HostNamespace.type:type_name -> nsalloc.v1.NamespaceType
-	15, // 9: nsalloc.v1.HostNamespace.kernel:type_name -> nsalloc.v1.KernelId
-	13, // 10: nsalloc.v1.SandboxesGetResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	16, // 11: nsalloc.v1.SandboxesGetResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
-	17, // 12: nsalloc.v1.SandboxesListRequest.states:type_name -> nsalloc.v1.SandboxState
-	13, // 13: nsalloc.v1.SandboxesListResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
-	0,  // 14: nsalloc.v1.Sandboxes.Register:input_type -> nsalloc.v1.RegisterRequest
-	3,  // 15: nsalloc.v1.Sandboxes.End:input_type -> nsalloc.v1.EndRequest
-	5,  // 16: nsalloc.v1.Sandboxes.Get:input_type -> nsalloc.v1.SandboxesGetRequest
-	8,  // 17: nsalloc.v1.Sandboxes.List:input_type -> nsalloc.v1.SandboxesListRequest
-	2,  // 18: nsalloc.v1.Sandboxes.Register:output_type -> nsalloc.v1.RegisterResponse
-	4,  // 19: nsalloc.v1.Sandboxes.End:output_type -> nsalloc.v1.EndResponse
-	7,  // 20: nsalloc.v1.Sandboxes.Get:output_type -> nsalloc.v1.SandboxesGetResponse
-	9,  // 21: nsalloc.v1.Sandboxes.List:output_type -> nsalloc.v1.SandboxesListResponse
-	18, // [18:22] is the sub-list for method output_type
-	14, // [14:18] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	13, // 0: nsalloc.v1.SandboxesHistoryResponse.stints:type_name -> nsalloc.v1.Stint
+	14, // 1: nsalloc.v1.RegisterRequest.spend:type_name -> nsalloc.v1.Range
+	3,  // 2: nsalloc.v1.RegisterRequest.items:type_name -> nsalloc.v1.RegisterItem
+	15, // 3: nsalloc.v1.RegisterItem.add:type_name -> nsalloc.v1.Binding
+	12, // 4: nsalloc.v1.RegisterItem.labels:type_name -> nsalloc.v1.RegisterItem.LabelsEntry
+	16, // 5: nsalloc.v1.RegisterResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
+	14, // 6: nsalloc.v1.RegisterResponse.granted:type_name -> nsalloc.v1.Range
+	16, // 7: nsalloc.v1.EndResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	8,  // 8: nsalloc.v1.SandboxesGetRequest.namespace:type_name -> nsalloc.v1.HostNamespace
+	17, // 9: nsalloc.v1.HostNamespace.type:type_name -> nsalloc.v1.NamespaceType
+	18, // 10: nsalloc.v1.HostNamespace.kernel:type_name -> nsalloc.v1.KernelId
+	16, // 11: nsalloc.v1.SandboxesGetResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	19, // 12: nsalloc.v1.SandboxesGetResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
+	20, // 13: nsalloc.v1.SandboxesListRequest.states:type_name -> nsalloc.v1.SandboxState
+	16, // 14: nsalloc.v1.SandboxesListResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
+	2,  // 15: nsalloc.v1.Sandboxes.Register:input_type -> nsalloc.v1.RegisterRequest
+	5,  // 16: nsalloc.v1.Sandboxes.End:input_type -> nsalloc.v1.EndRequest
+	7,  // 17: nsalloc.v1.Sandboxes.Get:input_type -> nsalloc.v1.SandboxesGetRequest
+	10, // 18: nsalloc.v1.Sandboxes.List:input_type -> nsalloc.v1.SandboxesListRequest
+	0,  // 19: nsalloc.v1.Sandboxes.History:input_type -> nsalloc.v1.SandboxesHistoryRequest
+	4,  // 20: nsalloc.v1.Sandboxes.Register:output_type -> nsalloc.v1.RegisterResponse
+	6,  // 21: nsalloc.v1.Sandboxes.End:output_type -> nsalloc.v1.EndResponse
+	9,  // 22: nsalloc.v1.Sandboxes.Get:output_type -> nsalloc.v1.SandboxesGetResponse
+	11, // 23: nsalloc.v1.Sandboxes.List:output_type -> nsalloc.v1.SandboxesListResponse
+	1,  // 24: nsalloc.v1.Sandboxes.History:output_type -> nsalloc.v1.SandboxesHistoryResponse
+	20, // [20:25] is the sub-list for method output_type
+	15, // [15:20] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_nsalloc_v1_sandboxes_proto_init() }
@@ -877,7 +1010,7 @@ func file_nsalloc_v1_sandboxes_proto_init() {
 		return
 	}
 	file_nsalloc_v1_types_proto_init()
-	file_nsalloc_v1_sandboxes_proto_msgTypes[5].OneofWrappers = []any{
+	file_nsalloc_v1_sandboxes_proto_msgTypes[7].OneofWrappers = []any{
 		(*SandboxesGetRequest_Serial)(nil),
 		(*SandboxesGetRequest_Namespace)(nil),
 	}
@@ -887,7 +1020,7 @@ func file_nsalloc_v1_sandboxes_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nsalloc_v1_sandboxes_proto_rawDesc), len(file_nsalloc_v1_sandboxes_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

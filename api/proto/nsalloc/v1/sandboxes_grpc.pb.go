@@ -23,6 +23,7 @@ const (
 	Sandboxes_End_FullMethodName      = "/nsalloc.v1.Sandboxes/End"
 	Sandboxes_Get_FullMethodName      = "/nsalloc.v1.Sandboxes/Get"
 	Sandboxes_List_FullMethodName     = "/nsalloc.v1.Sandboxes/List"
+	Sandboxes_History_FullMethodName  = "/nsalloc.v1.Sandboxes/History"
 )
 
 // SandboxesClient is the client API for Sandboxes service.
@@ -61,6 +62,11 @@ type SandboxesClient interface {
 	Get(ctx context.Context, in *SandboxesGetRequest, opts ...grpc.CallOption) (*SandboxesGetResponse, error)
 	// List reads sandboxes in the order of their serials. Callers: anyone.
 	List(ctx context.Context, in *SandboxesListRequest, opts ...grpc.CallOption) (*SandboxesListResponse, error)
+	// History reads the stints of one sandbox from the first on, also those that have moved out of its
+	// record: that keeps the last 32.
+	//
+	// Callers: anyone. Errors: SANDBOX_NOT_FOUND, UNAVAILABLE (older stints are read from the store itself).
+	History(ctx context.Context, in *SandboxesHistoryRequest, opts ...grpc.CallOption) (*SandboxesHistoryResponse, error)
 }
 
 type sandboxesClient struct {
@@ -111,6 +117,16 @@ func (c *sandboxesClient) List(ctx context.Context, in *SandboxesListRequest, op
 	return out, nil
 }
 
+func (c *sandboxesClient) History(ctx context.Context, in *SandboxesHistoryRequest, opts ...grpc.CallOption) (*SandboxesHistoryResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SandboxesHistoryResponse)
+	err := c.cc.Invoke(ctx, Sandboxes_History_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SandboxesServer is the server API for Sandboxes service.
 // All implementations must embed UnimplementedSandboxesServer
 // for forward compatibility.
@@ -147,6 +163,11 @@ type SandboxesServer interface {
 	Get(context.Context, *SandboxesGetRequest) (*SandboxesGetResponse, error)
 	// List reads sandboxes in the order of their serials. Callers: anyone.
 	List(context.Context, *SandboxesListRequest) (*SandboxesListResponse, error)
+	// History reads the stints of one sandbox from the first on, also those that have moved out of its
+	// record: that keeps the last 32.
+	//
+	// Callers: anyone. Errors: SANDBOX_NOT_FOUND, UNAVAILABLE (older stints are read from the store itself).
+	History(context.Context, *SandboxesHistoryRequest) (*SandboxesHistoryResponse, error)
 	mustEmbedUnimplementedSandboxesServer()
 }
 
@@ -168,6 +189,9 @@ func (UnimplementedSandboxesServer) Get(context.Context, *SandboxesGetRequest) (
 }
 func (UnimplementedSandboxesServer) List(context.Context, *SandboxesListRequest) (*SandboxesListResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method List not implemented")
+}
+func (UnimplementedSandboxesServer) History(context.Context, *SandboxesHistoryRequest) (*SandboxesHistoryResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method History not implemented")
 }
 func (UnimplementedSandboxesServer) mustEmbedUnimplementedSandboxesServer() {}
 func (UnimplementedSandboxesServer) testEmbeddedByValue()                   {}
@@ -262,6 +286,24 @@ func _Sandboxes_List_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sandboxes_History_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SandboxesHistoryRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxesServer).History(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxes_History_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxesServer).History(ctx, req.(*SandboxesHistoryRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Sandboxes_ServiceDesc is the grpc.ServiceDesc for Sandboxes service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -284,6 +326,10 @@ var Sandboxes_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "List",
 			Handler:    _Sandboxes_List_Handler,
+		},
+		{
+			MethodName: "History",
+			Handler:    _Sandboxes_History_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
