@@ -31,9 +31,9 @@ var closed = []struct {
 }{
 	{"pkg/alloc", nil,
 		"the domain is pure: its rules can be read, tested and reused without gRPC, etcd or a kernel"},
-	{"pkg/criuhook", []string{"pkg/alloc", "golang.org/x/sys/..."},
+	{"pkg/criuhook", []string{"pkg/alloc", "internal/killpoint", "golang.org/x/sys/..."},
 		"the hook links this package and must start in a few milliseconds, also on a host in trouble"},
-	{"cmd/nsalloc-hook/...", []string{"pkg/alloc", "pkg/criuhook", "cmd/nsalloc-hook/..."},
+	{"cmd/nsalloc-hook/...", []string{"pkg/alloc", "pkg/criuhook", "internal/killpoint", "cmd/nsalloc-hook/..."},
 		"CRIU waits for the hook with a frozen container: no gRPC, no protobuf, no flag library"},
 }
 
@@ -46,7 +46,9 @@ var reserved = []struct {
 }{
 	{"cmd/...", nil, true,
 		"commands tie everything together; nothing below them knows that they exist"},
-	{"internal/...", []string{"cmd/...", "e2e/..."}, false,
+	{"internal/killpoint", []string{"cmd/nsalloc-hook", "internal/server", "internal/agent", "pkg/criuhook", "e2e"}, true,
+		"only what writes or answers can be ended by a test; without the tag it is nothing, so that pkg/criuhook may import it"},
+	{"internal/...", []string{"cmd/...", "e2e/...", "pkg/criuhook"}, false,
 		"direction is cmd -> internal -> pkg; programs of others import pkg and must not drag the service in"},
 	{"internal/server/...", []string{"cmd/..."}, false,
 		"only a command starts the service; an agent speaks gRPC to it, so that the two can be upgraded apart"},
@@ -110,6 +112,10 @@ func TestRules(t *testing.T) {
 		{"pkg/alloc/alloctest", "pgregory.net/rapid", false, true},
 		{"pkg/criuhook", "golang.org/x/sys/unix", false, true},
 		{"pkg/criuhook", "google.golang.org/grpc", false, false},
+		{"pkg/criuhook", "internal/killpoint", false, true},
+		{"pkg/criuhook", "internal/agentconf", false, false},
+		{"pkg/criuhook/notify", "internal/killpoint", false, false},
+		{"pkg/alloc", "internal/killpoint", false, false},
 		{"pkg/criuhook/notify", "github.com/checkpoint-restore/go-criu/v7", false, true},
 		{"pkg/client", "internal/identity", false, false},
 		{"pkg/client", "api/proto/nsalloc/v1", false, true},

@@ -32,6 +32,7 @@ import (
 	"os"
 	"syscall"
 
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
 
@@ -80,7 +81,9 @@ func run(a criuhook.Action) (d criuhook.Decision) {
 		}
 	}()
 	request, fds := look(a, os.Getenv("CRTOOLS_IMAGE_DIR"), os.Getenv("CRTOOLS_INIT_PID"))
+	killpoint.At(killpoint.HookAsking.Of(string(a)))
 	answer, err := criuhook.Ask(context.Background(), socketPath, request, fds...)
+	killpoint.At(killpoint.HookAnswered.Of(string(a)))
 	return criuhook.Decide(a, answer, err, err != nil && bypassed())
 }
 

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nsalloc/nsalloc/internal/kernelns"
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 	"github.com/nsalloc/nsalloc/pkg/criuhook/images"
@@ -227,9 +228,11 @@ func (a *Agent) openCheckpoint(ctx context.Context, n *run, dir *os.File, m *cri
 	}
 	// On disk before it can be in the store: whatever happens next, the settling knows which dump it was.
 	n.rec.Checkpoint = m.Checkpoint
+	killpoint.At(killpoint.AgentCheckpointRecording)
 	if err := a.runs.save(n); err != nil {
 		return err
 	}
+	killpoint.At(killpoint.AgentCheckpointRecorded)
 	h, err := a.pool.Open(ctx, alloc.OpenCommand{
 		Mutation: a.registrar.mutation(), Spend: spend, Sandbox: m.Sandbox, Epoch: m.Epoch,
 		Checkpoint: m.Checkpoint, RunID: m.RunID, Digest: digest,
@@ -265,9 +268,11 @@ func writeManifest(dir *os.File, body []byte) error {
 	if err := f.Sync(); err != nil {
 		return fail(err)
 	}
+	killpoint.At(killpoint.AgentManifestRenaming)
 	if err := unix.Renameat(at, temp, at, criuhook.ManifestName); err != nil {
 		return fail(err)
 	}
+	killpoint.At(killpoint.AgentManifestRenamed)
 	// The descriptor that came along may be O_PATH, which cannot be synced.
 	synced, err := unix.Openat(at, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {

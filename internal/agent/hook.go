@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/nsalloc/nsalloc/internal/kernelns"
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
 
@@ -38,10 +39,12 @@ func (a *Agent) decide(ctx context.Context, req *hookRequest, send func(criuhook
 	}
 	answer := a.settleAnswer(n, stage, a.answer(ctx, n, stage, req))
 	a.log.Info("hook", "action", req.Action, "run", n.key, "verdict", answer.Verdict, "sandbox", n.rec.Sandbox, "message", answer.Message, "took", time.Since(began).Round(time.Microsecond))
+	killpoint.At(killpoint.AgentAnswering.Of(string(req.Action)))
 	if err := send(answer); err != nil {
 		a.untaken(n, stage)
 		return err
 	}
+	killpoint.At(killpoint.AgentAnswered.Of(string(req.Action)))
 	return nil
 }
 
@@ -105,6 +108,7 @@ func (a *Agent) settleAnswer(n *run, stage criuhook.Stage, answer criuhook.Respo
 		a.runs.publish(n) // nothing rests on it: an agent that dies here decides again
 		return answer
 	}
+	killpoint.At(killpoint.AgentVerdictRecording.Of(string(stage.Action)))
 	if err := a.runs.save(n); err != nil {
 		answer = a.refuse(stage, err)
 		if last {
@@ -113,6 +117,7 @@ func (a *Agent) settleAnswer(n *run, stage criuhook.Stage, answer criuhook.Respo
 		n.rec.Answers[stage.Action] = answer
 		a.runs.publish(n)
 	}
+	killpoint.At(killpoint.AgentVerdictRecorded.Of(string(stage.Action)))
 	return answer
 }
 
@@ -126,11 +131,13 @@ func (a *Agent) untaken(n *run, stage criuhook.Stage) {
 	given := n.rec.Answers[stage.Action]
 	n.rec.ZeroGiven, n.rec.Closed = false, true
 	n.rec.Answers[stage.Action] = a.refuse(stage, errors.New("the answer came too late: the hook was gone"))
+	killpoint.At(killpoint.AgentUntakenRecording)
 	if err := a.runs.save(n); err != nil {
 		n.rec.ZeroGiven, n.rec.Closed = true, false
 		n.rec.Answers[stage.Action] = given
 		a.log.Warn("an answer that nobody took counts as given", "run", n.key, "cause", err)
 	}
+	killpoint.At(killpoint.AgentUntakenRecorded)
 }
 
 // refuse turns an error into an answer: a veto where there is one.
@@ -233,7 +240,11 @@ func (a *Agent) noteInit(n *run, req *hookRequest) error {
 	}
 	if known := (task{p.PID, p.StartTime}); n.rec.Init != known {
 		n.rec.Init = known
-		return a.runs.save(n)
+		killpoint.At(killpoint.AgentRootRecording)
+		if err := a.runs.save(n); err != nil {
+			return err
+		}
+		killpoint.At(killpoint.AgentRootRecorded)
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
@@ -89,9 +90,11 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 			a.log.Warn("this host got a new incarnation: its agent's state was lost or taken over elsewhere", "old", id.Incarnation, "new", host.Incarnation)
 		}
 		id.Pool, id.Incarnation = pool.UUID, host.Incarnation
+		killpoint.At(killpoint.AgentIdentityRecording)
 		if err := a.state.putIdentity(id); err != nil {
 			return err
 		}
+		killpoint.At(killpoint.AgentIdentityRecorded)
 	}
 	owned, err := a.pool.Owned(ctx, a.cfg.Host)
 	if err != nil {
@@ -199,9 +202,11 @@ func (r *registrar) failed(err error) error {
 		r.a.log.Error("another copy of this agent's state was at work; beginning a new life", "cause", err)
 		if id, readErr := r.a.state.identity(); readErr == nil {
 			id.Nonce, id.Incarnation = newNonce(), 0
+			killpoint.At(killpoint.AgentNewLifeRecording)
 			if writeErr := r.a.state.putIdentity(id); writeErr != nil {
 				err = errors.Join(err, writeErr)
 			}
+			killpoint.At(killpoint.AgentNewLifeRecorded)
 		}
 	}
 	// Anything else, an unknown outcome above all: read our records again before the next step.

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/client"
 )
@@ -14,14 +15,16 @@ type Remote struct{ c *client.Client }
 // NewRemote makes a Pool of a client, which must say the host's name.
 func NewRemote(c *client.Client) *Remote { return &Remote{c: c} }
 
-// sent runs one mutation under one request id. An outcome that is unknown once stays so until a try is
-// decided (client.Retry).
-func sent[T any](ctx context.Context, do func(id string) (T, error)) (T, error) {
+// sent runs one mutation, an RPC of that name, under one request id. An outcome that is unknown once stays
+// so until a try is decided (client.Retry).
+func sent[T any](ctx context.Context, rpc string, do func(id string) (T, error)) (T, error) {
 	var out T
+	killpoint.At(killpoint.AgentSending.Of(rpc))
 	err := client.Retry(ctx, func(id string) (err error) {
 		out, err = do(id)
 		return err
 	})
+	killpoint.At(killpoint.AgentReceived.Of(rpc))
 	return out, err
 }
 
@@ -30,8 +33,8 @@ type pair[A, B any] struct {
 	b B
 }
 
-func sent2[A, B any](ctx context.Context, do func(id string) (A, B, error)) (A, B, error) {
-	p, err := sent(ctx, func(id string) (pair[A, B], error) {
+func sent2[A, B any](ctx context.Context, rpc string, do func(id string) (A, B, error)) (A, B, error) {
+	p, err := sent(ctx, rpc, func(id string) (pair[A, B], error) {
 		a, b, err := do(id)
 		return pair[A, B]{a, b}, err
 	})
@@ -40,7 +43,7 @@ func sent2[A, B any](ctx context.Context, do func(id string) (A, B, error)) (A, 
 
 // Hello is alloc.Service.Hello.
 func (r *Remote) Hello(ctx context.Context, cmd alloc.HelloCommand) (*alloc.Host, *alloc.Pool, error) {
-	return sent2(ctx, func(id string) (*alloc.Host, *alloc.Pool, error) {
+	return sent2(ctx, "Hello", func(id string) (*alloc.Host, *alloc.Pool, error) {
 		cmd.RequestID = id
 		return r.c.Hello(ctx, cmd)
 	})
@@ -48,7 +51,7 @@ func (r *Remote) Hello(ctx context.Context, cmd alloc.HelloCommand) (*alloc.Host
 
 // Grant is alloc.Service.Grant.
 func (r *Remote) Grant(ctx context.Context, cmd alloc.GrantCommand) (alloc.Ranges, error) {
-	return sent(ctx, func(id string) (alloc.Ranges, error) {
+	return sent(ctx, "Grant", func(id string) (alloc.Ranges, error) {
 		cmd.RequestID = id
 		return r.c.Grant(ctx, cmd)
 	})
@@ -56,7 +59,7 @@ func (r *Remote) Grant(ctx context.Context, cmd alloc.GrantCommand) (alloc.Range
 
 // Register is alloc.Service.Register.
 func (r *Remote) Register(ctx context.Context, cmd alloc.RegisterCommand) ([]*alloc.Sandbox, alloc.Ranges, error) {
-	return sent2(ctx, func(id string) ([]*alloc.Sandbox, alloc.Ranges, error) {
+	return sent2(ctx, "Register", func(id string) ([]*alloc.Sandbox, alloc.Ranges, error) {
 		cmd.RequestID = id
 		return r.c.Register(ctx, cmd)
 	})
@@ -64,7 +67,7 @@ func (r *Remote) Register(ctx context.Context, cmd alloc.RegisterCommand) ([]*al
 
 // End is alloc.Service.End.
 func (r *Remote) End(ctx context.Context, cmd alloc.EndCommand) (*alloc.Sandbox, error) {
-	return sent(ctx, func(id string) (*alloc.Sandbox, error) {
+	return sent(ctx, "End", func(id string) (*alloc.Sandbox, error) {
 		cmd.RequestID = id
 		return r.c.End(ctx, cmd)
 	})
@@ -72,7 +75,7 @@ func (r *Remote) End(ctx context.Context, cmd alloc.EndCommand) (*alloc.Sandbox,
 
 // Open is alloc.Service.Open.
 func (r *Remote) Open(ctx context.Context, cmd alloc.OpenCommand) (alloc.Handoff, error) {
-	return sent(ctx, func(id string) (alloc.Handoff, error) {
+	return sent(ctx, "Open", func(id string) (alloc.Handoff, error) {
 		cmd.RequestID = id
 		return r.c.Open(ctx, cmd)
 	})
@@ -80,7 +83,7 @@ func (r *Remote) Open(ctx context.Context, cmd alloc.OpenCommand) (alloc.Handoff
 
 // Confirm is alloc.Service.Confirm.
 func (r *Remote) Confirm(ctx context.Context, cmd alloc.ConfirmCommand) (alloc.Handoff, error) {
-	return sent(ctx, func(id string) (alloc.Handoff, error) {
+	return sent(ctx, "Confirm", func(id string) (alloc.Handoff, error) {
 		cmd.RequestID = id
 		return r.c.Confirm(ctx, cmd)
 	})
@@ -88,7 +91,7 @@ func (r *Remote) Confirm(ctx context.Context, cmd alloc.ConfirmCommand) (alloc.H
 
 // Abort is alloc.Service.Abort.
 func (r *Remote) Abort(ctx context.Context, cmd alloc.AbortCommand) (alloc.Handoff, error) {
-	return sent(ctx, func(id string) (alloc.Handoff, error) {
+	return sent(ctx, "Abort", func(id string) (alloc.Handoff, error) {
 		cmd.RequestID = id
 		return r.c.Abort(ctx, cmd)
 	})
@@ -97,7 +100,7 @@ func (r *Remote) Abort(ctx context.Context, cmd alloc.AbortCommand) (alloc.Hando
 // Claim is alloc.Service.Claim. A claim that has to wait is the caller's to repeat: each look is an
 // intent of its own.
 func (r *Remote) Claim(ctx context.Context, cmd alloc.ClaimCommand) (alloc.ClaimAnswer, error) {
-	return sent(ctx, func(id string) (alloc.ClaimAnswer, error) {
+	return sent(ctx, "Claim", func(id string) (alloc.ClaimAnswer, error) {
 		cmd.RequestID = id
 		return r.c.Claim(ctx, cmd)
 	})
@@ -105,7 +108,7 @@ func (r *Remote) Claim(ctx context.Context, cmd alloc.ClaimCommand) (alloc.Claim
 
 // Bind is alloc.Service.Bind.
 func (r *Remote) Bind(ctx context.Context, cmd alloc.BindCommand) (alloc.Handoff, alloc.Ranges, error) {
-	return sent2(ctx, func(id string) (alloc.Handoff, alloc.Ranges, error) {
+	return sent2(ctx, "Bind", func(id string) (alloc.Handoff, alloc.Ranges, error) {
 		cmd.RequestID = id
 		return r.c.Bind(ctx, cmd)
 	})
@@ -113,7 +116,7 @@ func (r *Remote) Bind(ctx context.Context, cmd alloc.BindCommand) (alloc.Handoff
 
 // Release is alloc.Service.Release.
 func (r *Remote) Release(ctx context.Context, cmd alloc.ReleaseCommand) (alloc.Handoff, error) {
-	return sent(ctx, func(id string) (alloc.Handoff, error) {
+	return sent(ctx, "Release", func(id string) (alloc.Handoff, error) {
 		cmd.RequestID = id
 		return r.c.Release(ctx, cmd)
 	})

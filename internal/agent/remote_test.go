@@ -21,7 +21,7 @@ func TestUnknownStays(t *testing.T) {
 	} {
 		ctx, cancel := context.WithCancel(t.Context())
 		tries := 0
-		_, err := sent(ctx, func(string) (struct{}, error) {
+		_, err := sent(ctx, "Release", func(string) (struct{}, error) {
 			err := c.errs[tries]
 			if tries++; tries == len(c.errs) {
 				cancel()

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nsalloc/nsalloc/internal/kernelns"
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 	"github.com/nsalloc/nsalloc/pkg/criuhook/images"
@@ -51,9 +52,11 @@ func (a *Agent) preRestore(ctx context.Context, n *run, req *hookRequest) (strin
 func (a *Agent) claim(ctx context.Context, n *run, m *criuhook.Manifest, digest alloc.Digest) (string, error) {
 	// On disk before the claim: a claim that is committed is never one that nobody remembers.
 	n.rec.Mode, n.rec.Sandbox, n.rec.Checkpoint, n.rec.Manifest = modeOwn, m.Sandbox, m.Checkpoint, digest
+	killpoint.At(killpoint.AgentClaimRecording)
 	if err := a.runs.save(n); err != nil {
 		return "", err
 	}
+	killpoint.At(killpoint.AgentClaimRecorded)
 	deadline, _ := ctx.Deadline()
 	ctx, cancel := context.WithDeadline(ctx, deadline.Add(-claimMargin))
 	defer cancel()
@@ -183,9 +186,11 @@ func (a *Agent) postRestore(ctx context.Context, n *run, req *hookRequest) (stri
 	}
 	// On disk before anything is committed: a binding is never one whose tree nobody remembers.
 	n.rec.Tasks = tasksIn(procs)
+	killpoint.At(killpoint.AgentTreeRecording)
 	if err := a.runs.save(n); err != nil {
 		return "", err
 	}
+	killpoint.At(killpoint.AgentTreeRecorded)
 	if n.rec.Mode == modeOwn {
 		return "", a.bind(ctx, n, root, list, manifest)
 	}

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
@@ -288,10 +289,12 @@ func (r *runs) forget() {
 		if over++; over <= keepRuns {
 			continue
 		}
+		killpoint.At(killpoint.AgentForgetting)
 		if err := r.a.state.remove(fileOf(rec)); err != nil {
 			r.a.log.Warn("an old run stays on disk", "cause", err)
 			return
 		}
+		killpoint.At(killpoint.AgentForgotten)
 		key := runKey(rec.CRIUPID, rec.CRIUStart)
 		if rec.BootID != r.a.bootID() {
 			key = rec.BootID + "-" + key

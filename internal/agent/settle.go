@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
@@ -59,9 +60,13 @@ func (a *Agent) end(n *run, outcome string) error {
 	n.rec.Over, n.rec.Outcome = time.Now().UTC(), outcome
 	if n.rec.Mode == modeNone || n.rec.Mode == "" {
 		a.runs.publish(n)
-	} else if err := a.runs.save(n); err != nil {
-		n.rec.Over, n.rec.Outcome = time.Time{}, ""
-		return err
+	} else {
+		killpoint.At(killpoint.AgentOutcomeRecording)
+		if err := a.runs.save(n); err != nil {
+			n.rec.Over, n.rec.Outcome = time.Time{}, ""
+			return err
+		}
+		killpoint.At(killpoint.AgentOutcomeRecorded)
 	}
 	a.unwatch(n)
 	a.log.Info("run settled", "run", n.key, "phase", n.rec.Phase, "sandbox", n.rec.Sandbox, "checkpoint", n.rec.Checkpoint, "outcome", outcome)
@@ -254,17 +259,21 @@ func (a *Agent) giveBack(ctx context.Context, n *run) (string, error) {
 func (a *Agent) killParked(n *run, tasks []task) error {
 	if n.rec.ZeroGiven {
 		n.rec.ZeroGiven, n.rec.Closed = false, true
+		killpoint.At(killpoint.AgentParkedRecording)
 		if err := a.runs.save(n); err != nil {
 			n.rec.ZeroGiven = true
 			return err
 		}
+		killpoint.At(killpoint.AgentParkedRecorded)
 	}
 	a.log.Warn("CRIU is gone and left a tree that never ran; ending it", "run", n.key, "tasks", len(tasks))
+	killpoint.At(killpoint.AgentParkedEnding)
 	for _, t := range tasks {
 		if err := a.kill(t); err != nil {
 			return err
 		}
 	}
+	killpoint.At(killpoint.AgentParkedEnded)
 	return nil
 }
 

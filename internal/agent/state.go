@@ -16,6 +16,7 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
@@ -66,7 +67,9 @@ func openState(path, host string) (*stateDir, error) {
 		err = fmt.Errorf("state directory %s is of host %q, this agent is configured as %q; give each host a state directory of its own, or correct `host` in agent.yaml", path, id.Host, host)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
+		killpoint.At(killpoint.AgentNonceRecording)
 		err = s.putIdentity(identity{Host: host, Nonce: newNonce()})
+		killpoint.At(killpoint.AgentNonceRecorded)
 	}
 	if err != nil {
 		s.Close()

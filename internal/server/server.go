@@ -34,6 +34,7 @@ import (
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
 	"github.com/nsalloc/nsalloc/internal/identity"
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
@@ -106,7 +107,11 @@ func New(cfg Config) *Server {
 	s := &Server{cfg: cfg, log: cfg.Logger, rules: identity.Rules{Insecure: cfg.Insecure}, ending: make(chan struct{})}
 	s.view = newView(cfg.Store, cfg.Logger)
 	s.metrics = newMetrics(cfg.Registry, s.view)
-	s.service = alloc.NewService(measured{cfg.Store, s.metrics}, cfg.Now)
+	store := cfg.Store
+	if killpoint.Enabled {
+		store = mortal{store}
+	}
+	s.service = alloc.NewService(measured{store, s.metrics}, cfg.Now)
 	s.grpc = grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeader),

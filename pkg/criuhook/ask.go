@@ -9,6 +9,8 @@ import (
 	"os"
 	"syscall"
 	"time"
+
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 )
 
 var (
@@ -52,7 +54,7 @@ func Ask(ctx context.Context, socketPath string, r Request, fds ...Descriptor) (
 	// where nobody does.
 	stop := context.AfterFunc(ctx, func() { _ = sock.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	b, err := exchange(sock, packet, rights)
+	b, err := exchange(sock, packet, rights, r.Action)
 	if err != nil {
 		if ctx.Err() != nil {
 			err = ctx.Err()
@@ -129,8 +131,8 @@ func trusted(fd int) error {
 	return nil
 }
 
-// exchange sends one packet and waits for one.
-func exchange(sock *os.File, packet []byte, rights []int) ([]byte, error) {
+// exchange sends one packet and waits for one; of is the action that they are of.
+func exchange(sock *os.File, packet []byte, rights []int, of Action) ([]byte, error) {
 	raw, err := sock.SyscallConn()
 	if err != nil {
 		return nil, err
@@ -152,6 +154,7 @@ func exchange(sock *os.File, packet []byte, rights []int) ([]byte, error) {
 	if failed != nil {
 		return nil, failed
 	}
+	killpoint.At(killpoint.HookAsked.Of(string(of)))
 	b := make([]byte, MaxMessage+1) // one more, so that a longer packet shows
 	n := 0
 	if err := raw.Read(func(fd uintptr) bool {
