@@ -216,7 +216,7 @@ func (s *store) missPool(ctx context.Context, loaded <-chan struct{}, etcd etcdF
 		return nil
 	}
 	entries, _, err := s.Get(ctx, alloc.Key{Kind: alloc.KindPool})
-	if err == nil && entries[0].Record == nil {
+	if err == nil && entries[0].Token == "" && entries[0].Err == nil {
 		log.WarnContext(ctx, "the store holds no pool; this server serves as soon as one is created", "create_it", etcd.initCommand())
 	}
 	return nil // an error is the view's to tell

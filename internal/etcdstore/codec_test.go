@@ -67,6 +67,12 @@ func fill(t *rapid.T, v reflect.Value, name string) {
 			fill(t, v.Elem(), name)
 		}
 	case reflect.Slice:
+		if v.Type().Elem().Kind() == reflect.Uint8 {
+			if b := rapid.SliceOf(rapid.Byte()).Draw(t, name); len(b) > 0 {
+				v.SetBytes(b)
+			}
+			return
+		}
 		for range rapid.IntRange(0, 4).Draw(t, name+" length") {
 			e := reflect.New(v.Type().Elem()).Elem()
 			fill(t, e, name)

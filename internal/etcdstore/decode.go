@@ -23,7 +23,9 @@ func decode(key alloc.Key, value []byte) (alloc.Record, error) {
 		return nil, malformed(key, fmt.Errorf("there is no kind %q", key.Kind))
 	}
 	if len(value) == 0 {
-		return nil, malformed(key, fmt.Errorf("the value is empty"))
+		err := malformed(key, fmt.Errorf("the value is empty"))
+		err.Fix = "delete this key with etcdctl, and find out who else writes to the store"
+		return nil, err
 	}
 	if err := proto.Unmarshal(value, m); err != nil {
 		return nil, malformed(key, err)
@@ -65,6 +67,8 @@ func newMessage(kind alloc.Kind) proto.Message {
 		return new(storepb.Checkpoint)
 	case alloc.KindRequest:
 		return new(storepb.Request)
+	case alloc.KindAside:
+		return new(storepb.Aside)
 	}
 	return nil
 }
@@ -177,6 +181,10 @@ func (d *decoder) record(m proto.Message) alloc.Record {
 		}
 	case *storepb.Request:
 		return &alloc.Request{ID: m.Id, Digest: d.digest(m.Digest), Ranges: d.ranges(m.Ranges), At: d.time(m.At), Extra: unknown(m)}
+	case *storepb.Aside:
+		return &alloc.Aside{
+			Request: m.Request, Of: alloc.Key{Kind: alloc.Kind(m.Kind), ID: m.Id}, Value: m.Value, At: d.time(m.At), Actor: m.Actor, Extra: unknown(m),
+		}
 	}
 	panic(fmt.Sprintf("newMessage makes a %T and record does not know it", m))
 }

@@ -97,6 +97,10 @@ func (e *encoder) record(rec alloc.Record) proto.Message {
 		return extra(&storepb.Request{
 			Id: r.ID, Digest: r.Digest[:], Ranges: ranges(r.Ranges), At: e.time(r.At),
 		}, r.Extra)
+	case *alloc.Aside:
+		return extra(&storepb.Aside{
+			Request: r.Request, Kind: string(r.Of.Kind), Id: r.Of.ID, Value: r.Value, At: e.time(r.At), Actor: r.Actor,
+		}, r.Extra)
 	default:
 		e.fail("there is no stored form of a %T", rec)
 		return nil

@@ -39,15 +39,13 @@ func (ks keys) parse(key []byte) (alloc.Key, bool) {
 	return k, true
 }
 
-// after is the etcd range of the records of a kind with greater ids than after.
+// after is the etcd range of the records of a kind with greater ids than after. The key that ends where
+// the id would begin is no record's, and not in it.
 func (ks keys) after(kind alloc.Kind, after string) (first, end []byte, err error) {
 	if newMessage(kind) == nil || singleton(kind) {
 		return nil, nil, invalid("kind "+string(kind), "it cannot be listed: it is unknown, or has one record only")
 	}
 	prefix := ks.prefix + string(kind) + "/"
-	if after == "" {
-		return []byte(prefix), prefixEnd(prefix), nil
-	}
 	return []byte(prefix + after + "\x00"), prefixEnd(prefix), nil
 }
 

@@ -116,9 +116,7 @@ func (s *Store) Get(ctx context.Context, want ...alloc.Key) ([]alloc.Entry, allo
 		for _, r := range resp.Responses {
 			e := alloc.Entry{Key: want[len(entries)]}
 			if kvs := r.GetResponseRange().GetKvs(); len(kvs) > 0 {
-				if e, err = entry(e.Key, kvs[0]); err != nil {
-					return nil, 0, err
-				}
+				e = entry(e.Key, kvs[0])
 			}
 			entries = append(entries, e)
 		}
@@ -127,12 +125,10 @@ func (s *Store) Get(ctx context.Context, want ...alloc.Key) ([]alloc.Entry, allo
 	return entries, alloc.Revision(rev), nil
 }
 
-func entry(key alloc.Key, kv *mvccpb.KeyValue) (alloc.Entry, error) {
-	rec, err := decode(key, kv.Value)
-	if err != nil {
-		return alloc.Entry{}, err
-	}
-	return alloc.Entry{Key: key, Record: rec, Token: alloc.Token(kv.Value), Revision: alloc.Revision(kv.ModRevision)}, nil
+func entry(key alloc.Key, kv *mvccpb.KeyValue) alloc.Entry {
+	e := alloc.Entry{Key: key, Token: alloc.Token(kv.Value), Revision: alloc.Revision(kv.ModRevision)}
+	e.Record, e.Err = decode(key, kv.Value)
+	return e
 }
 
 // List implements alloc.Store. etcd keeps keys in the order of their bytes, which is that of the ids.
@@ -154,13 +150,9 @@ func (s *Store) List(ctx context.Context, kind alloc.Kind, after string, limit i
 	for _, kv := range resp.Kvs {
 		key, ok := s.keys.parse(kv.Key)
 		if !ok {
-			return nil, 0, malformed(alloc.Key{Kind: kind, ID: string(kv.Key)}, fmt.Errorf("the key is not one of ours"))
+			panic(fmt.Sprintf("etcd answered %q to a range of records of kind %s", kv.Key, kind))
 		}
-		e, err := entry(key, kv)
-		if err != nil {
-			return nil, 0, err
-		}
-		entries = append(entries, e)
+		entries = append(entries, entry(key, kv))
 	}
 	if at == 0 {
 		at = alloc.Revision(resp.Header.Revision)

@@ -134,12 +134,12 @@ func eventually(t *testing.T, what string, ok func() bool) {
 }
 
 func TestStore(t *testing.T) {
-	alloctest.TestStore(t, func(t *testing.T) alloc.Store { return newStore(t, shared.Endpoint()) })
+	alloctest.TestStore(t, func(t *testing.T) alloctest.Planter { return planted{newStore(t, shared.Endpoint())} })
 }
 
 // TestService runs the use cases of a pool against a real etcd, as pkg/alloc does against memory.
 func TestService(t *testing.T) {
-	alloctest.TestService(t, func(t *testing.T) alloc.Store { return newStore(t, shared.Endpoint()) })
+	alloctest.TestService(t, func(t *testing.T) alloctest.Planter { return planted{newStore(t, shared.Endpoint())} })
 }
 
 func TestPoolsAreApart(t *testing.T) {

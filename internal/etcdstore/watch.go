@@ -127,9 +127,7 @@ func (s *Store) Watch(ctx context.Context, from alloc.Revision, apply func(alloc
 			}
 			continue
 		}
-		if err := s.deliver(w, pending, apply); err != nil {
-			return err
-		}
+		s.deliver(w, pending, apply)
 		pending = nil
 	}
 }
@@ -173,7 +171,7 @@ func (w *watch) ask(ctx context.Context, stream pb.Watch_WatchClient) {
 
 // deliver calls apply once for each revision of events. etcd never splits a revision over two
 // responses, apart from fragments, which Watch has put together.
-func (s *Store) deliver(w *watch, events []*mvccpb.Event, apply func(alloc.Revision, []alloc.Change)) error {
+func (s *Store) deliver(w *watch, events []*mvccpb.Event, apply func(alloc.Revision, []alloc.Change)) {
 	for len(events) > 0 {
 		rev, n := events[0].Kv.ModRevision, 1
 		for n < len(events) && events[n].Kv.ModRevision == rev {
@@ -187,11 +185,8 @@ func (s *Store) deliver(w *watch, events []*mvccpb.Event, apply func(alloc.Revis
 			}
 			c := alloc.Change{Key: key, Revision: alloc.Revision(rev)}
 			if ev.Type == mvccpb.Event_PUT {
-				e, err := entry(key, ev.Kv)
-				if err != nil {
-					return err
-				}
-				c.Record, c.Token = e.Record, e.Token
+				e := entry(key, ev.Kv)
+				c.Record, c.Token, c.Err = e.Record, e.Token, e.Err
 			}
 			changes = append(changes, c)
 		}
@@ -202,7 +197,6 @@ func (s *Store) deliver(w *watch, events []*mvccpb.Event, apply func(alloc.Revis
 			w.delivered.Store(rev)
 		}
 	}
-	return nil
 }
 
 func watchError(ctx context.Context, err error) *alloc.Error {

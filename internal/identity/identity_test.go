@@ -65,7 +65,7 @@ func TestCheck(t *testing.T) {
 		"Handoff/Open", "Handoff/Confirm", "Handoff/Abort", "Handoff/Claim", "Handoff/Bind", "Handoff/Release",
 	}
 	free := []string{
-		"Allocator/Allocate", "Allocator/GetPool", "Sandboxes/Get", "Sandboxes/List",
+		"Allocator/Allocate", "Allocator/GetPool", "Sandboxes/Get", "Sandboxes/List", "Sandboxes/History",
 		"Handoff/Find", "Handoff/ListCheckpoints", "Hosts/Get", "Hosts/List",
 	}
 	for kind, allowed := range map[Kind][]string{

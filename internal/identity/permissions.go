@@ -19,6 +19,7 @@ var permissions = map[string][]Kind{
 	"/nsalloc.v1.Sandboxes/End":      hosts,
 	"/nsalloc.v1.Sandboxes/Get":      everyone,
 	"/nsalloc.v1.Sandboxes/List":     everyone,
+	"/nsalloc.v1.Sandboxes/History":  everyone,
 
 	"/nsalloc.v1.Handoff/Open":            hosts,
 	"/nsalloc.v1.Handoff/Confirm":         hosts,

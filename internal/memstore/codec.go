@@ -29,6 +29,8 @@ func newRecord(k alloc.Kind) alloc.Record {
 		return new(alloc.Checkpoint)
 	case alloc.KindRequest:
 		return new(alloc.Request)
+	case alloc.KindAside:
+		return new(alloc.Aside)
 	}
 	return nil
 }
@@ -57,13 +59,16 @@ var words = map[reflect.Type][]string{
 
 var timeType = reflect.TypeFor[time.Time]()
 
+// form is the version of what encode writes. decode takes a higher one for a newer version's.
+const form = 1
+
 // encode writes every field of a record in the order of its type, maps by key: equal values, and only
-// they, have equal bytes. It never gives none.
+// they, have equal bytes. The first byte is the version of this form.
 func encode(rec alloc.Record) (value []byte, err error) {
 	if v := reflect.ValueOf(rec); v.Kind() != reflect.Pointer || v.IsNil() || !known(rec.Key().Kind) {
 		return nil, invalid("record", fmt.Sprintf("a %T cannot be stored", rec))
 	}
-	e := encoder{out: []byte{1}}
+	e := encoder{out: []byte{form}}
 	e.value(reflect.ValueOf(rec).Elem())
 	if e.err != "" {
 		return nil, invalid("record "+rec.Key().String(), e.err)
@@ -147,10 +152,13 @@ func (e *encoder) value(v reflect.Value) {
 
 // decode reads what encode wrote. Times come back in UTC, empty slices and maps as nil.
 func decode(k alloc.Key, value []byte) (alloc.Record, error) {
+	if value[0] > form {
+		return nil, &alloc.Error{Reason: alloc.ReasonFormat, Subject: "record " + k.String(), Msg: "a newer version wrote it"}
+	}
 	rec := newRecord(k.Kind)
 	d := decoder{in: value[1:]}
 	d.value(reflect.ValueOf(rec).Elem())
-	if d.bad || len(d.in) != 0 {
+	if value[0] < form || d.bad || len(d.in) != 0 || rec.Key() != k {
 		return nil, &alloc.Error{Reason: alloc.ReasonMalformed, Subject: "record " + k.String(), Msg: "it cannot be read"}
 	}
 	return rec, nil

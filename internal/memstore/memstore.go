@@ -84,13 +84,14 @@ func (s *Store) value(k alloc.Key, at alloc.Revision) version {
 	return vs[i-1]
 }
 
-func (s *Store) entry(k alloc.Key, at alloc.Revision) (alloc.Entry, error) {
+func (s *Store) entry(k alloc.Key, at alloc.Revision) alloc.Entry {
 	v := s.value(k, at)
 	if v.value == nil {
-		return alloc.Entry{Key: k}, nil
+		return alloc.Entry{Key: k}
 	}
-	rec, err := decode(k, v.value)
-	return alloc.Entry{Key: k, Record: rec, Token: alloc.Token(v.value), Revision: v.rev}, err
+	e := alloc.Entry{Key: k, Token: alloc.Token(v.value), Revision: v.rev}
+	e.Record, e.Err = decode(k, v.value)
+	return e
 }
 
 // Get implements alloc.Store.
@@ -107,10 +108,7 @@ func (s *Store) Get(ctx context.Context, keys ...alloc.Key) ([]alloc.Entry, allo
 	}
 	entries := make([]alloc.Entry, len(keys))
 	for i, k := range keys {
-		var err error
-		if entries[i], err = s.entry(k, s.revision()); err != nil {
-			return nil, 0, err
-		}
+		entries[i] = s.entry(k, s.revision())
 	}
 	return entries, s.revision(), nil
 }
@@ -141,11 +139,8 @@ func (s *Store) List(ctx context.Context, of alloc.Kind, after string, limit int
 			first++
 		}
 		for _, id := range k.ids[first:] {
-			e, err := s.entry(alloc.Key{Kind: of, ID: id}, at)
-			if err != nil {
-				return nil, 0, err
-			}
-			if e.Record == nil {
+			e := s.entry(alloc.Key{Kind: of, ID: id}, at)
+			if e.Token == "" {
 				continue
 			}
 			if entries = append(entries, e); len(entries) == limit {
@@ -268,11 +263,8 @@ func (s *Store) Watch(ctx context.Context, from alloc.Revision, apply func(alloc
 			for _, ch := range c.changes {
 				out := alloc.Change{Key: ch.key, Revision: c.rev}
 				if ch.value != nil {
-					rec, err := decode(ch.key, ch.value)
-					if err != nil {
-						return err
-					}
-					out.Record, out.Token = rec, alloc.Token(ch.value)
+					out.Token = alloc.Token(ch.value)
+					out.Record, out.Err = decode(ch.key, ch.value)
 				}
 				changes = append(changes, out)
 			}
@@ -300,6 +292,29 @@ func (s *Store) Sync(ctx context.Context) (alloc.Revision, error) {
 		return 0, unavailable(err)
 	}
 	return s.revision(), nil
+}
+
+// Plant puts value under key, byte by byte: what only a defect, another program or a newer version
+// leaves there. It is not empty.
+func (s *Store) Plant(_ context.Context, key alloc.Key, value []byte) error {
+	if err := validKey(key); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.apply(write{changes: []change{{key, slices.Clone(value)}}})
+	return nil
+}
+
+// Newer is rec as a newer version would store it, in a way that this one cannot read. It panics for what
+// is no record.
+func (s *Store) Newer(rec alloc.Record) ([]byte, bool) {
+	value, err := encode(rec)
+	if err != nil {
+		panic(err)
+	}
+	value[0]++
+	return value, true
 }
 
 // Compact forgets what was before the newest revision: older pins and watches get ErrConflict.

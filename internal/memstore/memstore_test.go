@@ -15,7 +15,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func TestStore(t *testing.T) {
-	alloctest.TestStore(t, func(*testing.T) alloc.Store { return memstore.New() })
+	alloctest.TestStore(t, func(*testing.T) alloctest.Planter { return memstore.New() })
 }
 
 func host(nonce string) *alloc.Host { return &alloc.Host{Name: "a", Nonce: nonce} }

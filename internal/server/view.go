@@ -122,6 +122,9 @@ func (v *view) load(ctx context.Context) (alloc.Revision, error) {
 	ix := newIndex()
 	put := func(entries []alloc.Entry) error {
 		for _, e := range entries {
+			if e.Err != nil {
+				return e.Err
+			}
 			if e.Record == nil {
 				continue
 			}
@@ -202,6 +205,9 @@ func (v *view) apply(rev alloc.Revision, changes []alloc.Change) error {
 	updates := make([]update, 0, len(changes))
 	poke := false
 	for _, c := range changes {
+		if c.Err != nil {
+			return c.Err
+		}
 		u, err := v.ix.prepare(c.Key, c.Record) // reading ix needs no lock here: this is its writer
 		if err != nil {
 			return err

@@ -8,8 +8,8 @@
 // /nsalloc/1/POOL/KIND/ID. It is not an API; only internal/etcdstore reads and writes it.
 //
 // How it may change. Field numbers and enum values are never used twice. A newer version may add
-// fields to the records (Pool, Counter, Host, Sandbox, OldStint, Checkpoint, Request) and to Policy,
-// Claim, Binding and Stint: an older version keeps what it does not know there and writes it back. All
+// fields to the records (Pool, Counter, Host, Sandbox, OldStint, Checkpoint, Request, Aside) and to
+// Policy, Claim, Binding and Stint: an older version keeps what it does not know there and writes it back. All
 // other messages are closed: they are identities and numbers that are compared as a whole, and never
 // grow; what belongs to them goes into the message around them. An older version refuses a record
 // with an unknown field in a closed message, or with an enum value that it does not know.
@@ -1788,6 +1788,97 @@ func (x *Request) GetAt() *timestamppb.Timestamp {
 	return nil
 }
 
+// Aside is a record that was put aside, under aside/REQUEST/KIND/ID.
+type Aside struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The UUIDv7 of the request that put it aside.
+	Request string `protobuf:"bytes,1,opt,name=request,proto3" json:"request,omitempty"`
+	// The kind that it was of.
+	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// The id that it had within its kind; empty for pool and counter.
+	Id string `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`
+	// Its value in the store, byte by byte. It may be anything: also what could not be read.
+	Value []byte `protobuf:"bytes,4,opt,name=value,proto3" json:"value,omitempty"`
+	// When, by the server's clock.
+	At *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=at,proto3" json:"at,omitempty"`
+	// Who asked for it.
+	Actor         string `protobuf:"bytes,6,opt,name=actor,proto3" json:"actor,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Aside) Reset() {
+	*x = Aside{}
+	mi := &file_store_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Aside) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Aside) ProtoMessage() {}
+
+func (x *Aside) ProtoReflect() protoreflect.Message {
+	mi := &file_store_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Aside.ProtoReflect.Descriptor instead.
+func (*Aside) Descriptor() ([]byte, []int) {
+	return file_store_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Aside) GetRequest() string {
+	if x != nil {
+		return x.Request
+	}
+	return ""
+}
+
+func (x *Aside) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Aside) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Aside) GetValue() []byte {
+	if x != nil {
+		return x.Value
+	}
+	return nil
+}
+
+func (x *Aside) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *Aside) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
 var File_store_proto protoreflect.FileDescriptor
 
 const file_store_proto_rawDesc = "" +
@@ -1907,7 +1998,14 @@ const file_store_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\fR\x06digest\x12/\n" +
 	"\x06ranges\x18\x03 \x03(\v2\x17.nsalloc.store.v1.RangeR\x06ranges\x12*\n" +
-	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02at*W\n" +
+	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\x9d\x01\n" +
+	"\x05Aside\x12\x18\n" +
+	"\arequest\x18\x01 \x01(\tR\arequest\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\x12\x14\n" +
+	"\x05value\x18\x04 \x01(\fR\x05value\x12*\n" +
+	"\x02at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
+	"\x05actor\x18\x06 \x01(\tR\x05actor*W\n" +
 	"\tPoolState\x12\x1a\n" +
 	"\x16POOL_STATE_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fPOOL_STATE_OPEN\x10\x01\x12\x19\n" +
@@ -1968,7 +2066,7 @@ func file_store_proto_rawDescGZIP() []byte {
 }
 
 var file_store_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_store_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_store_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_store_proto_goTypes = []any{
 	(PoolState)(0),                // 0: nsalloc.store.v1.PoolState
 	(Action)(0),                   // 1: nsalloc.store.v1.Action
@@ -1993,9 +2091,10 @@ var file_store_proto_goTypes = []any{
 	(*OldStint)(nil),              // 20: nsalloc.store.v1.OldStint
 	(*Checkpoint)(nil),            // 21: nsalloc.store.v1.Checkpoint
 	(*Request)(nil),               // 22: nsalloc.store.v1.Request
-	nil,                           // 23: nsalloc.store.v1.Host.LabelsEntry
-	nil,                           // 24: nsalloc.store.v1.Sandbox.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*Aside)(nil),                 // 23: nsalloc.store.v1.Aside
+	nil,                           // 24: nsalloc.store.v1.Host.LabelsEntry
+	nil,                           // 25: nsalloc.store.v1.Sandbox.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
 }
 var file_store_proto_depIdxs = []int32{
 	0,  // 0: nsalloc.store.v1.Pool.state:type_name -> nsalloc.store.v1.PoolState
@@ -2004,23 +2103,23 @@ var file_store_proto_depIdxs = []int32{
 	1,  // 3: nsalloc.store.v1.Policy.over:type_name -> nsalloc.store.v1.Action
 	1,  // 4: nsalloc.store.v1.Policy.unknown:type_name -> nsalloc.store.v1.Action
 	10, // 5: nsalloc.store.v1.Host.granted:type_name -> nsalloc.store.v1.Range
-	23, // 6: nsalloc.store.v1.Host.labels:type_name -> nsalloc.store.v1.Host.LabelsEntry
-	25, // 7: nsalloc.store.v1.Host.hello:type_name -> google.protobuf.Timestamp
+	24, // 6: nsalloc.store.v1.Host.labels:type_name -> nsalloc.store.v1.Host.LabelsEntry
+	26, // 7: nsalloc.store.v1.Host.hello:type_name -> google.protobuf.Timestamp
 	11, // 8: nsalloc.store.v1.Host.requests:type_name -> nsalloc.store.v1.RequestMark
 	2,  // 9: nsalloc.store.v1.Sandbox.state:type_name -> nsalloc.store.v1.SandboxState
 	14, // 10: nsalloc.store.v1.Sandbox.bindings:type_name -> nsalloc.store.v1.Binding
 	16, // 11: nsalloc.store.v1.Sandbox.stints:type_name -> nsalloc.store.v1.Stint
-	24, // 12: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
+	25, // 12: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
 	18, // 13: nsalloc.store.v1.Sandbox.claim:type_name -> nsalloc.store.v1.Claim
 	19, // 14: nsalloc.store.v1.Sandbox.parent:type_name -> nsalloc.store.v1.Parent
-	25, // 15: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
+	26, // 15: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
 	11, // 16: nsalloc.store.v1.Sandbox.requests:type_name -> nsalloc.store.v1.RequestMark
 	4,  // 17: nsalloc.store.v1.Binding.type:type_name -> nsalloc.store.v1.NamespaceType
 	15, // 18: nsalloc.store.v1.Binding.kernel:type_name -> nsalloc.store.v1.KernelID
-	25, // 19: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
-	25, // 20: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
-	25, // 21: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
-	25, // 22: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
+	26, // 19: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
+	26, // 20: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
+	26, // 21: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
+	26, // 22: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
 	5,  // 23: nsalloc.store.v1.Stint.began:type_name -> nsalloc.store.v1.StintBegan
 	6,  // 24: nsalloc.store.v1.Stint.over:type_name -> nsalloc.store.v1.StintOver
 	17, // 25: nsalloc.store.v1.Claim.claimant:type_name -> nsalloc.store.v1.Claimant
@@ -2028,15 +2127,16 @@ var file_store_proto_depIdxs = []int32{
 	16, // 27: nsalloc.store.v1.OldStint.stint:type_name -> nsalloc.store.v1.Stint
 	3,  // 28: nsalloc.store.v1.Checkpoint.state:type_name -> nsalloc.store.v1.CheckpointState
 	17, // 29: nsalloc.store.v1.Checkpoint.claimant:type_name -> nsalloc.store.v1.Claimant
-	25, // 30: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
-	25, // 31: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
+	26, // 30: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
+	26, // 31: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
 	10, // 32: nsalloc.store.v1.Request.ranges:type_name -> nsalloc.store.v1.Range
-	25, // 33: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
-	34, // [34:34] is the sub-list for method output_type
-	34, // [34:34] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	26, // 33: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
+	26, // 34: nsalloc.store.v1.Aside.at:type_name -> google.protobuf.Timestamp
+	35, // [35:35] is the sub-list for method output_type
+	35, // [35:35] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_store_proto_init() }
@@ -2050,7 +2150,7 @@ func file_store_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_store_proto_rawDesc), len(file_store_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -143,7 +143,7 @@ func (s *Service) change(ctx context.Context, m Mutation, keys func() ([]Key, er
 
 func (s *Service) read(ctx context.Context, m Mutation, keys []Key) (*world, error) {
 	all := append([]Key{{Kind: KindPool}, HostKey(m.Host)}, keys...)
-	entries, _, err := s.store.Get(ctx, all...)
+	entries, _, err := s.get(ctx, all...)
 	if err != nil {
 		return nil, err
 	}

@@ -53,7 +53,7 @@ func (s *Service) Hello(ctx context.Context, cmd HelloCommand) (*Host, *Pool, er
 	var host *Host
 	var pool *Pool
 	err = settle(ctx, func() (bool, error) {
-		entries, _, err := s.store.Get(ctx, Key{Kind: KindPool}, HostKey(cmd.Host))
+		entries, _, err := s.get(ctx, Key{Kind: KindPool}, HostKey(cmd.Host))
 		if err != nil {
 			return false, err
 		}

@@ -184,6 +184,10 @@ func (s *Service) plan(ctx context.Context, order []*allocation, open map[string
 	if err != nil {
 		return nil, err
 	}
+	// A request's record that cannot be read is that caller's trouble and nobody else's.
+	if err := readable(entries[:3]); err != nil {
+		return nil, err
+	}
 	counter, err := counterOf(entries)
 	if err != nil {
 		return nil, err
@@ -193,6 +197,10 @@ func (s *Service) plan(ctx context.Context, order []*allocation, open map[string
 	now := s.now()
 	for _, e := range entries[3:] {
 		a := open[e.Key.ID]
+		if e.Err != nil {
+			answer(a, nil, e.Err)
+			continue
+		}
 		if found, ok := e.Record.(*Request); ok {
 			if err := sameBody(found.ID, found.Digest, a.digest); err != nil {
 				answer(a, nil, err)

@@ -115,7 +115,7 @@ func (s *Service) parents(ctx context.Context, cmd RegisterCommand) (map[Serial]
 	if len(checkpoints) == 0 {
 		return nil, nil
 	}
-	entries, _, err := s.store.Get(ctx, checkpoints...)
+	entries, _, err := s.get(ctx, checkpoints...)
 	if err != nil {
 		return nil, err
 	}
@@ -128,7 +128,7 @@ func (s *Service) parents(ctx context.Context, cmd RegisterCommand) (map[Serial]
 	if len(sandboxes) == 0 {
 		return found, nil
 	}
-	if entries, _, err = s.store.Get(ctx, sandboxes...); err != nil {
+	if entries, _, err = s.get(ctx, sandboxes...); err != nil {
 		return nil, err
 	}
 	for _, e := range entries {

@@ -54,6 +54,26 @@ func (s *Service) holdCounter(ctx context.Context) (release func(), err error) {
 	}
 }
 
+// get reads what a decision rests on. A record that cannot be understood is that decision's error: it is
+// never taken for an absent one.
+func (s *Service) get(ctx context.Context, keys ...Key) ([]Entry, Revision, error) {
+	entries, rev, err := s.store.Get(ctx, keys...)
+	if err != nil {
+		return nil, 0, err
+	}
+	return entries, rev, readable(entries)
+}
+
+// readable is the error of the first record that cannot be understood.
+func readable(entries []Entry) error {
+	for _, e := range entries {
+		if e.Err != nil {
+			return e.Err
+		}
+	}
+	return nil
+}
+
 // InitPool creates the pool in an empty store, in generation 1 with the given policy. It refuses with
 // ErrPoolExists where a pool is: an empty store is never taken for a new pool by any other call. It
 // refuses with ErrMalformed where records are without their pool: a new one would begin at serial 1
@@ -100,7 +120,7 @@ func (s *Service) empty(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, kind := range []Kind{KindHost, KindSandbox, KindStint, KindCheckpoint, KindRequest} {
+	for _, kind := range Kinds() {
 		entries, _, err := s.store.List(ctx, kind, "", 1, 0)
 		if err != nil {
 			return err
@@ -108,7 +128,7 @@ func (s *Service) empty(ctx context.Context) error {
 		leftovers = append(leftovers, entries...)
 	}
 	for _, e := range leftovers {
-		if e.Token != "" {
+		if e.Token != "" || e.Err != nil {
 			return &Error{Reason: ReasonMalformed, Subject: "record " + e.Key.String(), Msg: "the store holds it but not the pool that it is of; nothing was changed",
 				Fix: "restore the store from a snapshot, or name another pool"}
 		}
@@ -122,7 +142,7 @@ func poolExists(p *Pool) error {
 
 // Pool reads the pool's record. ErrPoolMissing when there is none.
 func (s *Service) Pool(ctx context.Context) (*Pool, Revision, error) {
-	entries, rev, err := s.store.Get(ctx, Key{Kind: KindPool})
+	entries, rev, err := s.get(ctx, Key{Kind: KindPool})
 	if err != nil {
 		return nil, 0, err
 	}

@@ -12,14 +12,14 @@ import (
 )
 
 func TestService(t *testing.T) {
-	alloctest.TestService(t, func(t *testing.T) alloc.Store { return guarded{share(t, memstore.New()), t} })
+	alloctest.TestService(t, func(t *testing.T) alloctest.Planter { return guarded{share(t, memstore.New()), t} })
 }
 
 // guarded holds every transaction of the use cases against the rule that makes retries safe: what is
 // written was read before and is compared, and so are the pool, and both records of a hand-off when one
 // of them changes. Several guards often exclude the same; the rule does not rest on which.
 type guarded struct {
-	alloc.Store
+	alloctest.Planter
 	t *testing.T
 }
 
@@ -53,13 +53,13 @@ func (g guarded) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error
 			need(alloc.Key{Kind: alloc.KindPool}, "which must be open")
 		}
 	}
-	return g.Store.Commit(ctx, tx)
+	return g.Planter.Commit(ctx, tx)
 }
 
 // sharing hands out the same records again and again, as a cache does. Whoever changes what it read
 // changes it for all, and is found out when the test ends.
 type sharing struct {
-	alloc.Store
+	alloctest.Planter
 	mu   sync.Mutex
 	seen map[alloc.Key]map[alloc.Token]shared
 }
@@ -69,8 +69,8 @@ type shared struct {
 	text   string
 }
 
-func share(t *testing.T, s alloc.Store) *sharing {
-	sh := &sharing{Store: s, seen: map[alloc.Key]map[alloc.Token]shared{}}
+func share(t *testing.T, s alloctest.Planter) *sharing {
+	sh := &sharing{Planter: s, seen: map[alloc.Key]map[alloc.Token]shared{}}
 	t.Cleanup(func() {
 		for key, of := range sh.seen {
 			for _, r := range of {
@@ -100,7 +100,7 @@ func text(r alloc.Record) string {
 }
 
 func (s *sharing) Get(ctx context.Context, keys ...alloc.Key) ([]alloc.Entry, alloc.Revision, error) {
-	entries, rev, err := s.Store.Get(ctx, keys...)
+	entries, rev, err := s.Planter.Get(ctx, keys...)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, e := range entries {

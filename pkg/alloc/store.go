@@ -17,7 +17,13 @@ const (
 	KindStint      Kind = "stint"      // SERIAL/EPOCH, both as 16 hex digits
 	KindCheckpoint Kind = "checkpoint" // SERIAL
 	KindRequest    Kind = "request"    // UUIDv7: sorts by time
+	KindAside      Kind = "aside"      // REQUEST/KIND/ID: sorts by time
 )
+
+// Kinds are the kinds of records that there are many of, in the order in which they are read.
+func Kinds() []Kind {
+	return []Kind{KindHost, KindSandbox, KindStint, KindCheckpoint, KindRequest, KindAside}
+}
 
 // Key names one record of one pool.
 type Key struct {
@@ -32,7 +38,8 @@ func (k Key) String() string {
 	return string(k.Kind) + "/" + k.ID
 }
 
-// Record is a value of the store: *Pool, *Counter, *Host, *Sandbox, *OldStint, *Checkpoint or *Request.
+// Record is a value of the store: *Pool, *Counter, *Host, *Sandbox, *OldStint, *Checkpoint, *Request or
+// *Aside.
 type Record interface{ Key() Key }
 
 // Key is pool.
@@ -57,6 +64,9 @@ func (r *Request) Key() Key { return Key{Kind: KindRequest, ID: r.ID} }
 func (o *OldStint) Key() Key {
 	return Key{Kind: KindStint, ID: o.Sandbox.String() + "/" + Serial(o.Stint.Epoch).String()}
 }
+
+// Key is aside/REQUEST/KIND/ID, without the last part for the pool and the counter.
+func (a *Aside) Key() Key { return Key{Kind: KindAside, ID: a.Request + "/" + a.Of.String()} }
 
 // HostKey is the key of a host's record.
 func HostKey(name string) Key { return Key{Kind: KindHost, ID: name} }
@@ -84,6 +94,21 @@ type Request struct {
 	Extra  []byte    `json:"-"`
 }
 
+// Aside is a record that was put aside: taken from its key because it broke a promise, or could not be
+// read. Nothing rests on it, and nothing deletes it.
+type Aside struct {
+	// Request is the request that put it aside: all that it moved stands side by side in a listing.
+	Request string `json:"request"`
+	// Of is the key that the record stood under.
+	Of Key `json:"of"`
+	// Value is the record's value in the store, byte by byte: the Token of its Entry.
+	Value []byte    `json:"value"`
+	At    time.Time `json:"at"`
+	// Actor is who asked for it, such as operator/ann.
+	Actor string `json:"actor"`
+	Extra []byte `json:"-"`
+}
+
 // RequestMark is a request that changed a record; see RequestLog.
 type RequestMark struct {
 	ID     string `json:"id"`
@@ -95,9 +120,9 @@ type RequestMark struct {
 // snapshot; nothing but freshness of reads may rest on them.
 type Revision int64
 
-// Token stands for the exact value that a record had when it was read, or for its absence (""). It
-// is compared by value, never by version: a store that was put back to an old snapshot repeats its
-// versions but not the values of records that carry nonces, epochs or cursors.
+// Token is the exact value that a record had when it was read, byte by byte as the store holds it, or
+// "" for its absence. It is compared by value, never by version: a store that was put back to an old
+// snapshot repeats its versions but not the values of records that carry nonces, epochs or cursors.
 type Token string
 
 // Entry is a record as read. Record is nil and Token is "" when the key is absent.
@@ -107,7 +132,8 @@ type Entry struct {
 	Token  Token
 	// Err says why the value under Key cannot be understood: ErrMalformed, or ErrFormat for one that a
 	// newer version wrote. Record is nil then, and Token is the value's: such a record can be guarded,
-	// moved and deleted, but never be mistaken for an absent one.
+	// moved and deleted, but never be mistaken for an absent one. (Only an empty value, which no version
+	// writes, has no Token: no guard holds on it.)
 	Err      error
 	Revision Revision // of the record's last change; 0 when absent
 }

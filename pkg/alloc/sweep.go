@@ -28,11 +28,12 @@ func swept(e Entry, id string) bool {
 }
 
 // SweepRequests deletes request records that are too old to be asked for, at most limit (1 to 100) of
-// them, oldest first. It returns how many.
+// them, oldest first. It returns how many. Their ids say how old they are: also one that cannot be read
+// is deleted in its time.
 func (s *Service) SweepRequests(ctx context.Context, limit int) (int, error) {
 	limit = min(max(limit, 1), 100)
 	mark := Key{Kind: KindRequest, ID: sweptID}
-	marks, _, err := s.store.Get(ctx, mark)
+	marks, _, err := s.get(ctx, mark)
 	if err != nil {
 		return 0, err
 	}

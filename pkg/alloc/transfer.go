@@ -122,7 +122,7 @@ func (s *Service) Claim(ctx context.Context, cmd ClaimCommand) (ClaimAnswer, err
 		return ClaimAnswer{}, err
 	}
 	// The checkpoint names the sandbox for ever, so that reading it first needs no guard of its own.
-	entries, _, err := s.store.Get(ctx, CheckpointKey(cmd.Checkpoint))
+	entries, _, err := s.get(ctx, CheckpointKey(cmd.Checkpoint))
 	if err != nil {
 		return ClaimAnswer{}, err
 	}
@@ -314,7 +314,7 @@ func (w *world) apply(out *Handoff, m Mutation, digest Digest, choose func(*worl
 }
 
 func (s *Service) currentCheckpoint(ctx context.Context, sandbox Serial) (Serial, error) {
-	entries, _, err := s.store.Get(ctx, SandboxKey(sandbox))
+	entries, _, err := s.get(ctx, SandboxKey(sandbox))
 	if err != nil {
 		return 0, err
 	}

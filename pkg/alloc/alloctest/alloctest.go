@@ -17,11 +17,14 @@ import (
 const patience = 20 * time.Second
 
 // TestStore runs the whole suite. factory makes an empty store, which ends with its test.
-func TestStore(t *testing.T, factory func(t *testing.T) alloc.Store) {
+func TestStore(t *testing.T, factory func(t *testing.T) Planter) {
 	for _, test := range []struct {
 		name string
 		run  func(t *testing.T, s alloc.Store)
 	}{
+		{"Unreadable", testUnreadable},
+		{"UnreadableIsMoved", testUnreadableIsMoved},
+		{"StintsOfOneSandbox", testStintsOfOneSandbox},
 		{"Empty", testEmpty},
 		{"KeepsEveryKind", testKeepsEveryKind},
 		{"KeepsWhatItDoesNotKnow", testKeepsExtra},
@@ -83,6 +86,7 @@ func Records(t testing.TB) []alloc.Record {
 		&alloc.Checkpoint{Serial: Serial(t, 4), State: alloc.CheckpointOpen, Sandbox: Serial(t, 1), Epoch: 1<<48 + 1, Source: "a",
 			RunID: boot, Digest: digest, Claimant: &claimant, Created: at, Consumed: at.Add(time.Minute)},
 		&alloc.Request{ID: "01936b2e-0000-7000-8000-000000000001", Digest: digest, Ranges: ranges, At: at},
+		&alloc.Aside{Request: "01936b2e-0000-7000-8000-000000000002", Of: alloc.HostKey("c"), Value: []byte{0, 0xff}, At: at, Actor: "operator/ann"},
 	}
 }
 
@@ -102,6 +106,8 @@ func get(t testing.TB, s alloc.Store, keys ...alloc.Key) []alloc.Entry {
 		switch {
 		case e.Key != keys[i]:
 			t.Errorf("entry %d is of %s, want %s", i, e.Key, keys[i])
+		case e.Err != nil:
+			t.Errorf("%s cannot be read: %v", e.Key, e.Err)
 		case (e.Record == nil) != (e.Token == "") || (e.Record == nil) != (e.Revision == 0):
 			t.Errorf("%s: a record, its token and its revision are there or absent together: %+v", e.Key, e)
 		case e.Record != nil && e.Record.Key() != e.Key:
@@ -236,6 +242,9 @@ func (f *tail) until(rev alloc.Revision) (changes []alloc.Change) {
 func describe(c alloc.Change) string {
 	switch r := c.Record.(type) {
 	case nil:
+		if c.Err != nil {
+			return "!" + c.Key.String()
+		}
 		return "-" + c.Key.String()
 	case *alloc.Host:
 		return fmt.Sprintf("%s=%s", c.Key, r.Nonce)

@@ -7,16 +7,21 @@ import (
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
-// Everything reads all records of a pool that is quiet.
+// Everything reads all records of a pool that is quiet. One that cannot be read is an error.
 func Everything(ctx context.Context, s alloc.Store) (r alloc.Records, err error) {
 	single, _, err := s.Get(ctx, alloc.Key{Kind: alloc.KindPool}, alloc.Key{Kind: alloc.KindCounter})
 	if err != nil {
 		return r, err
 	}
+	for _, e := range single {
+		if e.Err != nil {
+			return r, e.Err
+		}
+	}
 	r.Pool, _ = single[0].Record.(*alloc.Pool)
 	r.Counter, _ = single[1].Record.(*alloc.Counter)
 	var at alloc.Revision
-	for _, kind := range []alloc.Kind{alloc.KindHost, alloc.KindSandbox, alloc.KindStint, alloc.KindCheckpoint, alloc.KindRequest} {
+	for _, kind := range alloc.Kinds() {
 		const page = 1000
 		for after := ""; ; {
 			entries, rev, err := s.List(ctx, kind, after, page, at)
@@ -25,6 +30,9 @@ func Everything(ctx context.Context, s alloc.Store) (r alloc.Records, err error)
 			}
 			at = rev
 			for _, e := range entries {
+				if e.Err != nil {
+					return r, e.Err
+				}
 				r = with(r, e.Record)
 				after = e.Key.ID
 			}

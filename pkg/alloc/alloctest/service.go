@@ -9,7 +9,7 @@ import (
 
 // TestService runs the use cases over a store, with hosts that behave and hosts that do not. factory
 // makes an empty store, which ends with its test; every test ends with Check.
-func TestService(t *testing.T, factory func(t *testing.T) alloc.Store) {
+func TestService(t *testing.T, factory func(t *testing.T) Planter) {
 	for _, test := range []struct {
 		name string
 		run  func(t *testing.T, p *Pool)
@@ -45,6 +45,11 @@ func TestService(t *testing.T, factory func(t *testing.T) alloc.Store) {
 		{"ForgottenRequests", testForgotten},
 		{"ForgottenMoves", testForgottenMoves},
 		{"OldMarksLeave", testOldMarksLeave},
+		{"UnreadablePool", testUnreadablePool},
+		{"UnreadableHost", testUnreadableHost},
+		{"UnreadableSandbox", testUnreadableSandbox},
+		{"UnreadableCheckpoint", testUnreadableCheckpoint},
+		{"UnreadableRequest", testUnreadableRequest},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, NewPool(t, factory(t), alloc.DefaultPolicy())) })
 	}

@@ -338,7 +338,7 @@ func testClaimRepeated(t *testing.T, p *Pool) {
 
 // testLongHistory: a sandbox that moves for ever keeps a bounded record and loses no stint.
 func testLongHistory(t *testing.T, p *Pool) {
-	const moves = 40
+	const moves = 120
 	hosts := []*Agent{p.Agent("a"), p.Agent("b")}
 	sb := hosts[0].Sandbox()
 	for i := range moves {
