@@ -323,36 +323,6 @@ func TestUnknownKindsAreLeftAlone(t *testing.T) {
 	}
 }
 
-func TestMalformed(t *testing.T) {
-	s := newStore(t, shared.Endpoint())
-	from := put(t, s, host("good", "1"))
-	if _, err := s.client.etcd.Put(t.Context(), s.keys.prefix+"host/bad", "\xff\xff"); err != nil {
-		t.Fatal(err)
-	}
-	check := func(what string, err error) {
-		t.Helper()
-		if !errors.Is(err, alloc.ErrMalformed) || !strings.Contains(err.Error(), "host/bad") {
-			t.Errorf("%s: %v", what, err)
-		}
-	}
-	_, _, err := s.Get(t.Context(), alloc.HostKey("good"), alloc.HostKey("bad"))
-	check("Get", err)
-	_, _, err = s.List(t.Context(), alloc.KindHost, "", 10, 0)
-	check("List", err)
-	check("Watch", s.Watch(t.Context(), from, func(_ alloc.Revision, changes []alloc.Change) {
-		if len(changes) > 0 {
-			t.Error("changes were delivered")
-		}
-	}))
-	// It does not stand in the way of others, and can be removed.
-	if got := nonce(t, s, "good"); got != "1" {
-		t.Errorf("good is at %q", got)
-	}
-	if _, err := s.Commit(t.Context(), alloc.Tx{Delete: []alloc.Key{alloc.HostKey("bad")}}); err != nil {
-		t.Error(err)
-	}
-}
-
 func TestCheckServer(t *testing.T) {
 	warnings, err := dial(t, Config{Endpoints: []string{shared.Endpoint()}}).CheckServer(t.Context())
 	if err != nil || len(warnings) > 0 {
