@@ -77,10 +77,12 @@ type world struct {
 	host   *Host // a copy of the caller's record
 	moment Moment
 	get    map[Key]Entry
-	// parents are the sandboxes that clones are made from, read before and not guarded: a sandbox never
-	// loses a serial, and a checkpoint never another sandbox.
+	// parents are the sandboxes that clones are made from, read before and not guarded: what was a serial of
+	// theirs is a parent also if it was parted from them since, and a checkpoint never gets another sandbox.
 	parents map[Serial]*Sandbox
-	tx      Tx
+	// parted are the bindings that items have taken out of their sandboxes, for later items to add.
+	parted map[Serial]Binding
+	tx     Tx
 }
 
 func (w *world) sandbox(serial Serial) (*Sandbox, error) {

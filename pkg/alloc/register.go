@@ -17,12 +17,15 @@ type RegisterCommand struct {
 // RegisterItem is one sandbox.
 type RegisterItem struct {
 	// Sandbox is spent here: a new one; else one that runs on the caller under Epoch.
-	Sandbox Serial            `json:"sandbox"`
-	Epoch   Epoch             `json:"epoch,omitempty"`
-	Add     []Binding         `json:"add,omitempty"`
-	Gone    []Serial          `json:"gone,omitempty"`
-	Labels  map[string]string `json:"labels,omitempty"`
-	OfHost  bool              `json:"of_host,omitempty"`
+	Sandbox Serial    `json:"sandbox"`
+	Epoch   Epoch     `json:"epoch,omitempty"`
+	Add     []Binding `json:"add,omitempty"`
+	Gone    []Serial  `json:"gone,omitempty"`
+	// Part are live namespaces of an existing sandbox that turned out not to move with it. They leave it
+	// with their serials: each stands in Add of a new sandbox in a later item of the same request.
+	Part   []Serial          `json:"part,omitempty"`
+	Labels map[string]string `json:"labels,omitempty"`
+	OfHost bool              `json:"of_host,omitempty"`
 	// ParentCheckpoint makes a new sandbox a clone of that checkpoint's sandbox. The parent of a binding is
 	// a serial of that sandbox, or 0.
 	ParentCheckpoint Serial `json:"parent_checkpoint,omitempty"`
@@ -30,7 +33,8 @@ type RegisterItem struct {
 
 // Register commits the items in one transaction.
 //
-// It refuses a live namespace that would stand under two serials in one request or in one sandbox. Between
+// A serial that is parted from one sandbox and added to another stays the same namespace's: at every
+// revision it is in one record. It refuses a live namespace that would stand under two serials in one request or in one sandbox. Between
 // a host's sandboxes nothing is compared: that there a live namespace has one serial too (P16) rests on
 // the host's agent, the only one who sees its namespaces, and Check verifies it.
 //
@@ -63,7 +67,7 @@ func (s *Service) Register(ctx context.Context, cmd RegisterCommand) ([]*Sandbox
 	var out []*Sandbox
 	var granted Ranges
 	err = s.change(ctx, cmd.Mutation, func() ([]Key, error) { return keys, nil }, func(w *world) error {
-		w.parents = parents
+		w.parents, w.parted = parents, map[Serial]Binding{}
 		out, granted = nil, w.host.Granted
 		done, err := w.host.Requests.find(cmd.RequestID, digest)
 		if err != nil {
@@ -149,6 +153,7 @@ func (cmd RegisterCommand) validate() error {
 	}
 	used := map[Serial]bool{}
 	live := map[string]Serial{}
+	parted := map[Serial]bool{}
 	for _, it := range cmd.Items {
 		about := "sandbox " + it.Sandbox.String()
 		fresh := cmd.Spend.Contains(it.Sandbox)
@@ -163,14 +168,22 @@ func (cmd RegisterCommand) validate() error {
 			return invalid(about, "of_host and parent_checkpoint are for new sandboxes only")
 		case fresh && len(it.Gone) > 0:
 			return invalid(about, "a new sandbox has no namespaces that are gone")
+		case fresh && len(it.Part) > 0:
+			return invalid(about, "a new sandbox has nothing to part with")
 		case fresh && len(it.Add) == 0:
 			return invalid(about, "a new sandbox has at least one namespace")
-		case len(it.Add) > MaxBindings || len(it.Gone) > MaxBindings:
-			return refuse(ReasonTooLarge, about, "%d namespaces to add and %d that are gone, %d are allowed", len(it.Add), len(it.Gone), MaxBindings)
+		case len(it.Add) > MaxBindings || len(it.Gone) > MaxBindings || len(it.Part) > MaxBindings:
+			return refuse(ReasonTooLarge, about, "%d namespaces to add, %d that are gone and %d to part with, %d are allowed", len(it.Add), len(it.Gone), len(it.Part), MaxBindings)
 		}
 		used[it.Sandbox] = true
+		for _, s := range it.Part {
+			if parted[s] || cmd.Spend.Contains(s) {
+				return invalid(about, "serial "+s.String()+" cannot be parted from it: it stands twice, or is spent in this request")
+			}
+			parted[s] = true
+		}
 		for _, b := range it.Add {
-			if !cmd.Spend.Contains(b.Serial) {
+			if !cmd.Spend.Contains(b.Serial) && !(fresh && parted[b.Serial]) {
 				return invalid(about, "serial "+b.Serial.String()+" is not spent in this request")
 			}
 			if used[b.Serial] {
@@ -184,6 +197,11 @@ func (cmd RegisterCommand) validate() error {
 				return refuse(ReasonBound, about, "%s namespace %s stands twice in the request, under serials %s and %s", b.Type, key, other, b.Serial)
 			}
 			used[b.Serial], live[key] = true, b.Serial
+		}
+	}
+	for s := range parted {
+		if !used[s] {
+			return invalid("serial "+s.String(), "it is parted from a sandbox and added to none")
 		}
 	}
 	return nil
@@ -226,6 +244,9 @@ func (w *world) register(cmd RegisterCommand, it RegisterItem) (*Sandbox, error)
 			b.Gone = w.moment.Now
 		}
 	}
+	if err := w.part(&sb, it.Part); err != nil {
+		return nil, err
+	}
 	if err := sb.add(it.Add, w.host.BootID, w.moment.Now); err != nil {
 		return nil, err
 	}
@@ -260,6 +281,9 @@ func (w *world) newSandbox(cmd RegisterCommand, it RegisterItem) (*Sandbox, erro
 	}
 	sb.openStint(cmd.Host, began, w.moment.Actor, it.ParentCheckpoint, w.moment.Now)
 	if err := sb.add(it.Add, w.host.BootID, w.moment.Now); err != nil {
+		return nil, err
+	}
+	if err := w.join(sb); err != nil {
 		return nil, err
 	}
 	return sb, sb.setLabels(it.Labels)

@@ -28,6 +28,7 @@ func TestService(t *testing.T, factory func(t *testing.T) Planter) {
 		{"Register", testRegister},
 		{"RegisterManySandboxes", testRegisterMany},
 		{"RegisterChanges", testRegisterChanges},
+		{"RegisterParts", testRegisterParts},
 		{"RegisterRefuses", testRegisterRefuses},
 		{"RegisterClone", testRegisterClone},
 		{"StraightPath", testStraightPath},

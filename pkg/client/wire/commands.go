@@ -51,7 +51,7 @@ func RegisterRequest(cmd alloc.RegisterCommand) *nsallocv1.RegisterRequest {
 	for _, it := range cmd.Items {
 		req.Items = append(req.Items, &nsallocv1.RegisterItem{
 			Sandbox: uint64(it.Sandbox), Epoch: uint64(it.Epoch), Add: bindingsToWire(it.Add), Gone: serialsToWire(it.Gone),
-			Labels: it.Labels, OfHost: it.OfHost, ParentCheckpoint: uint64(it.ParentCheckpoint),
+			Labels: it.Labels, OfHost: it.OfHost, ParentCheckpoint: uint64(it.ParentCheckpoint), Part: serialsToWire(it.Part),
 		})
 	}
 	return req
@@ -63,7 +63,7 @@ func RegisterCommand(req *nsallocv1.RegisterRequest, host string) alloc.Register
 	for _, it := range req.GetItems() {
 		cmd.Items = append(cmd.Items, alloc.RegisterItem{
 			Sandbox: alloc.Serial(it.GetSandbox()), Epoch: alloc.Epoch(it.GetEpoch()), Add: requestBindings(it.GetAdd()), Gone: serialsFromWire(it.GetGone()),
-			Labels: labels(it.GetLabels()), OfHost: it.GetOfHost(), ParentCheckpoint: alloc.Serial(it.GetParentCheckpoint()),
+			Labels: labels(it.GetLabels()), OfHost: it.GetOfHost(), ParentCheckpoint: alloc.Serial(it.GetParentCheckpoint()), Part: serialsFromWire(it.GetPart()),
 		})
 	}
 	return cmd

@@ -220,7 +220,8 @@ type RegisterItem struct {
 	Sandbox uint64 `protobuf:"fixed64,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
 	// For an existing sandbox: the epoch under which the caller owns it. 0 for a new one.
 	Epoch uint64 `protobuf:"fixed64,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	// Namespaces to add, each with a serial that is spent here and an identity of the caller's boot.
+	// Namespaces to add, each with a serial that is spent here, or parted from another sandbox, and an
+	// identity of the caller's boot.
 	Add []*Binding `protobuf:"bytes,3,rep,name=add,proto3" json:"add,omitempty"`
 	// Serials of bindings whose namespaces were seen gone.
 	Gone []uint64 `protobuf:"fixed64,4,rep,packed,name=gone,proto3" json:"gone,omitempty"`
@@ -232,8 +233,11 @@ type RegisterItem struct {
 	// checkpoint's sandbox as the parent. Each binding's parent must be a serial of that sandbox, or 0,
 	// else INVALID_ARGUMENT.
 	ParentCheckpoint uint64 `protobuf:"fixed64,7,opt,name=parent_checkpoint,json=parentCheckpoint,proto3" json:"parent_checkpoint,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Existing sandbox only: serials of live namespaces that turned out not to move with it. Each stands in
+	// add of a new sandbox in a later item of the same request, with the type and identity that it is bound to.
+	Part          []uint64 `protobuf:"fixed64,8,rep,packed,name=part,proto3" json:"part,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RegisterItem) Reset() {
@@ -313,6 +317,13 @@ func (x *RegisterItem) GetParentCheckpoint() uint64 {
 		return x.ParentCheckpoint
 	}
 	return 0
+}
+
+func (x *RegisterItem) GetPart() []uint64 {
+	if x != nil {
+		return x.Part
+	}
+	return nil
 }
 
 // RegisterResponse is the sandboxes as committed, in the order of the items.
@@ -878,7 +889,7 @@ const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12'\n" +
 	"\x05spend\x18\x03 \x03(\v2\x11.nsalloc.v1.RangeR\x05spend\x12.\n" +
-	"\x05items\x18\x04 \x03(\v2\x18.nsalloc.v1.RegisterItemR\x05items\"\xb8\x02\n" +
+	"\x05items\x18\x04 \x03(\v2\x18.nsalloc.v1.RegisterItemR\x05items\"\xcc\x02\n" +
 	"\fRegisterItem\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\x06R\asandbox\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\x12%\n" +
@@ -886,7 +897,8 @@ const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"\x04gone\x18\x04 \x03(\x06R\x04gone\x12<\n" +
 	"\x06labels\x18\x05 \x03(\v2$.nsalloc.v1.RegisterItem.LabelsEntryR\x06labels\x12\x17\n" +
 	"\aof_host\x18\x06 \x01(\bR\x06ofHost\x12+\n" +
-	"\x11parent_checkpoint\x18\a \x01(\x06R\x10parentCheckpoint\x1a9\n" +
+	"\x11parent_checkpoint\x18\a \x01(\x06R\x10parentCheckpoint\x12\x12\n" +
+	"\x04part\x18\b \x03(\x06R\x04part\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"r\n" +
