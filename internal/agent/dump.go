@@ -163,6 +163,12 @@ func (a *Agent) postDump(ctx context.Context, n *run, req *hookRequest) (string,
 	if err != nil {
 		return "", err
 	}
+	if moves, err := a.partExternal(ctx, s, list); err != nil {
+		return "", err
+	} else if !moves {
+		n.rec.Mode = modeNone
+		return "", nil
+	}
 	m := &criuhook.Manifest{
 		Format: criuhook.ManifestFormat, Pool: a.poolUUID(), Sandbox: s.Serial, Epoch: s.Epoch,
 		RunID: set.RunID, Source: a.cfg.Host, Images: set.Digest,

@@ -93,7 +93,8 @@ var leading = []alloc.NamespaceType{alloc.Mnt, alloc.PID, alloc.Net, alloc.IPC, 
 // sandboxOf finds the sandbox that a tree belongs to, by its root: the one that holds the root's first
 // own namespace; nil for none yet. Where the first has no serial, the tree may have made it after the
 // sweep saw the others: then its sandbox is the one of a later type that has no live namespace of the
-// first. A pod's sandbox does not pass for its containers': it has one.
+// first. A pod's sandbox does not pass for its containers': it has one; nor does that of a namespace that
+// was handed in.
 func (a *Agent) sandboxOf(root kernelns.Process) *alloc.Sandbox {
 	var without []alloc.NamespaceType
 	for _, t := range leading {
@@ -107,7 +108,7 @@ func (a *Agent) sandboxOf(root kernelns.Process) *alloc.Sandbox {
 			continue
 		}
 		s := a.book.sandbox(p.sandbox)
-		if s == nil || len(without) > 0 && (s.OfHost || a.hasAny(s, without)) {
+		if s == nil || len(without) > 0 && (s.OfHost || s.Labels[labelHandedIn] != "" || a.hasAny(s, without)) {
 			return nil
 		}
 		return s

@@ -2,12 +2,15 @@ package agent
 
 import (
 	"encoding/binary"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
 
 	criu_core "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/inventory"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/netdev"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/pidns"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/pstree"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
@@ -40,6 +43,25 @@ func writeImages(t *testing.T, runID string, own ...alloc.NamespaceType) string 
 	writeImage(t, filepath.Join(dir, "inventory.img"), inv, 0x58313116)
 	writeImage(t, filepath.Join(dir, "pstree.img"), task, common, 0x50273030)
 	writeImage(t, filepath.Join(dir, "ids-1.img"), kobj, common, 0x54432030)
+	return dir
+}
+
+// external makes namespaces of the tree ones that CRIU was told to join, not to restore.
+func external(t *testing.T, dir string, types ...alloc.NamespaceType) string {
+	t.Helper()
+	for _, typ := range types {
+		var m proto.Message = &netdev.NetnsEntry{ExtKey: proto.String("extRootNetNS")}
+		own, magic := ids(types).GetNetNsId(), uint32(0x55933752)
+		if typ == alloc.PID {
+			m = &pidns.PidnsEntry{ExtKey: proto.String("extRootPidNS")}
+			own, magic = ids(types).GetPidNsId(), 0x61157326
+		}
+		b, err := proto.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		writeImage(t, filepath.Join(dir, fmt.Sprintf("%sns-%d.img", typ, own)), b, 0x54564319, magic)
+	}
 	return dir
 }
 

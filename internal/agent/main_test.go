@@ -121,6 +121,8 @@ type order struct {
 	// Tree is the clone flags of a task to make; Parked one that executes CRIU's program.
 	Tree   uintptr `json:",omitempty"`
 	Parked bool    `json:",omitempty"`
+	// Net is the network namespace for it to join.
+	Net string `json:",omitempty"`
 	// Action is to be brought by a hook, with what Without does not name.
 	Action  criuhook.Action `json:",omitempty"`
 	Images  string          `json:",omitempty"`
@@ -166,7 +168,14 @@ func makeTree(o order) said {
 		c.Env = append(os.Environ(), roleVar+"=parked")
 	}
 	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: o.Tree}
-	if err := c.Start(); err != nil {
+	err := errors.New("not started")
+	start := func() { err = c.Start() }
+	if o.Net == "" {
+		start()
+	} else if e := inNet(o.Net, start); e != nil {
+		err = e
+	}
+	if err != nil {
 		return said{Err: err.Error()}
 	}
 	go func() { _ = c.Wait() }() // CRIU reaps what it kills

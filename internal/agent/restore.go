@@ -171,6 +171,7 @@ func (a *Agent) postRestore(ctx context.Context, n *run, req *hookRequest) (stri
 		return "", err
 	}
 	manifest := map[images.ID]criuhook.ManifestNamespace{}
+	var dumped alloc.Serial // the sandbox that the images are of; 0 when nobody knows
 	if n.rec.Mode != modeAdopt {
 		m, digest, err := readManifest(dir)
 		if err != nil {
@@ -180,6 +181,7 @@ func (a *Agent) postRestore(ctx context.Context, n *run, req *hookRequest) (stri
 		if digest != n.rec.Manifest || m.Images != set.Digest {
 			return "", fmt.Errorf("%s or the images were changed between pre-restore and post-restore; copy the image directory again", criuhook.ManifestName)
 		}
+		dumped = m.Sandbox
 		for _, ns := range m.Namespaces {
 			manifest[images.ID{Type: ns.Type, CRIU: ns.CRIUID}] = ns
 		}
@@ -194,7 +196,7 @@ func (a *Agent) postRestore(ctx context.Context, n *run, req *hookRequest) (stri
 	if n.rec.Mode == modeOwn {
 		return "", a.bind(ctx, n, root, list, manifest)
 	}
-	return "", a.registerRestored(ctx, n, root, list, manifest)
+	return "", a.registerRestored(ctx, n, root, list, manifest, dumped)
 }
 
 // bind pairs the sandbox's serials with the namespaces that the restore made, and commits.
@@ -218,9 +220,13 @@ func (a *Agent) bind(ctx context.Context, n *run, root kernelns.Process, list []
 			return fmt.Errorf("namespace %s was the tree's own and is another sandbox's here; restore it into one of its own", ns.ID)
 		case known.Owner == criuhook.OwnerSandbox:
 			moved = append(moved, alloc.Binding{Serial: known.Serial, Type: ns.ID.Type, Kernel: ns.Kernel})
-		case !hosts && !a.isBound(ns):
-			// It was the host's there and is a new one here (CRIU restores time namespaces so), or it is
-			// handed in from outside and nobody numbered it yet.
+		case hosts || a.isBound(ns):
+		case ns.External:
+			if err := a.numberExternal(ctx, ns, n.rec.Sandbox, labelsOf(root)); err != nil {
+				return err
+			}
+		default:
+			// It was the host's there and is a new one here: CRIU restores time namespaces so.
 			fresh = append(fresh, unnumbered{ns.ID.Type, ns.Kernel})
 		}
 	}
@@ -259,8 +265,8 @@ func (runRecord) source(manifest map[images.ID]criuhook.ManifestNamespace) strin
 	return "unknown"
 }
 
-// registerRestored gives a tree without a claim fresh serials.
-func (a *Agent) registerRestored(ctx context.Context, n *run, root kernelns.Process, list []images.Namespace, manifest map[images.ID]criuhook.ManifestNamespace) error {
+// registerRestored gives a tree without a claim fresh serials. dumped is the sandbox whose images it is of.
+func (a *Agent) registerRestored(ctx context.Context, n *run, root kernelns.Process, list []images.Namespace, manifest map[images.ID]criuhook.ManifestNamespace, dumped alloc.Serial) error {
 	done, err := a.registrar.hold(ctx)
 	if err != nil {
 		return err
@@ -269,8 +275,13 @@ func (a *Agent) registerRestored(ctx context.Context, n *run, root kernelns.Proc
 	item := alloc.RegisterItem{Labels: labelsOf(root)}
 	parents := map[string]alloc.Serial{}
 	var add []unnumbered
+	var external []images.Namespace
 	for _, ns := range list {
 		if a.isHosts(ns.ID.Type, ns.Kernel) || a.isBound(ns) {
+			continue
+		}
+		if ns.External {
+			external = append(external, ns)
 			continue
 		}
 		add = append(add, unnumbered{ns.ID.Type, ns.Kernel})
@@ -287,11 +298,19 @@ func (a *Agent) registerRestored(ctx context.Context, n *run, root kernelns.Proc
 		n.rec.Mode = modeNone
 		return nil
 	}
+	if err := a.dropParted(ctx, dumped, parents); err != nil {
+		return err
+	}
 	s, err := a.registerOne(ctx, wish{item: item, add: add, parents: parents})
 	if err != nil {
 		return err
 	}
 	n.rec.Sandbox, n.rec.Epoch = s.Serial, s.Epoch
+	for _, ns := range external {
+		if err := a.numberExternal(ctx, ns, s.Serial, item.Labels); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

@@ -139,7 +139,7 @@ func (h *host) named(pid int, comm string) {
 func TestPod(t *testing.T) {
 	h := idleHost(t)
 	pause := container(t, unix.CLONE_NEWNET|unix.CLONE_NEWIPC|unix.CLONE_NEWUTS|unix.CLONE_NEWNS|unix.CLONE_NEWPID)
-	app := withNet(t, pause.pid, unix.CLONE_NEWNS|unix.CLONE_NEWPID)
+	app := withNet(t, fmt.Sprintf("/proc/%d/ns/net", pause.pid), unix.CLONE_NEWNS|unix.CLONE_NEWPID)
 	h.start()
 	first, second := h.serials(pause.pid), h.serials(app.pid)
 	if serialsOf(first)[alloc.Net] != serialsOf(second)[alloc.Net] || first[alloc.Net].sandbox != first[alloc.Mnt].sandbox {
@@ -166,30 +166,33 @@ func TestPod(t *testing.T) {
 	h.consistent()
 }
 
-// withNet starts a container in another's network namespace, as a runtime does: a process inherits the
-// namespaces of the thread that starts it.
-func withNet(t *testing.T, pid int, flags uintptr) *proc {
+// withNet starts a container in a network namespace that is handed in, as a runtime does.
+func withNet(t *testing.T, path string, flags uintptr) *proc {
 	t.Helper()
-	started := make(chan *proc)
+	var p *proc
+	if err := inNet(path, func() { p = container(t, flags) }); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// inNet does what it is given in a network namespace: a process inherits the namespaces of the thread that
+// starts it.
+func inNet(path string, do func()) error {
+	done := make(chan error)
 	go func() {
-		defer close(started)
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/net", pid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err == nil {
 			err = unix.Setns(fd, unix.CLONE_NEWNET)
 			unix.Close(fd)
 		}
-		if err != nil {
-			t.Error(err)
-			return
+		if err == nil {
+			do()
 		}
-		started <- container(t, flags)
+		done <- err
 	}()
-	p := <-started
-	if p == nil {
-		t.FailNow()
-	}
-	return p
+	return <-done
 }
 
 // TestEntered: who enters a container is in its namespaces and makes no sandbox.
