@@ -107,22 +107,18 @@ func (m *machine) draw(t *rapid.T) alloctest.Command {
 }
 
 // call is the service's side of a command, which it may complete.
-func (m *machine) call(c *alloctest.Command) func(context.Context) (alloctest.Verdict, error) {
+func (m *machine) call(c *alloctest.Command) func(context.Context) (alloctest.Answer, error) {
 	a := m.agents[c.Host]
 	var ckpt alloc.Serial
 	_ = ckpt.UnmarshalText([]byte(c.Ckpt))
 	e := epoch(c.Epoch)
 	mut := a.Mutation()
-	done := func(err error) (alloctest.Verdict, error) {
+	done := func(err error) (alloctest.Answer, error) {
 		switch alloc.ReasonOf(err) {
-		case "":
-			return alloctest.Done, err
-		case alloc.ReasonNotConfirmed, alloc.ReasonClaimed:
-			return alloctest.Wait, nil
 		case alloc.ReasonUnknownOutcome, alloc.ReasonUnavailable, alloc.ReasonConflict, alloc.ReasonMalformed, alloc.ReasonInvalid:
 			return "", err
 		}
-		return alloctest.No, nil
+		return alloctest.AnswerOf(err), nil
 	}
 	switch c.What {
 	case "dump":
@@ -134,19 +130,19 @@ func (m *machine) call(c *alloctest.Command) func(context.Context) (alloctest.Ve
 		}
 		cmd.Mutation, cmd.Epoch = mut, e
 		m.dumps[c.Ckpt] = cmd
-		return func(ctx context.Context) (alloctest.Verdict, error) { _, err := m.p.Open(ctx, cmd); return done(err) }
+		return func(ctx context.Context) (alloctest.Answer, error) { _, err := m.p.Open(ctx, cmd); return done(err) }
 	case "stopped":
 		cmd := alloc.ConfirmCommand{Mutation: mut, Sandbox: m.sandbox, Epoch: e, Checkpoint: ckpt, Evidence: alloc.Evidence(c.Seen)}
-		return func(ctx context.Context) (alloctest.Verdict, error) {
+		return func(ctx context.Context) (alloctest.Answer, error) {
 			_, err := m.p.Confirm(ctx, cmd)
 			return done(err)
 		}
 	case "ran-on":
 		cmd := alloc.AbortCommand{Mutation: mut, Sandbox: m.sandbox, Epoch: e, Checkpoint: ckpt, ZeroGiven: c.Seen == "yes"}
-		return func(ctx context.Context) (alloctest.Verdict, error) { _, err := m.p.Abort(ctx, cmd); return done(err) }
+		return func(ctx context.Context) (alloctest.Answer, error) { _, err := m.p.Abort(ctx, cmd); return done(err) }
 	case "claim":
 		cmd := alloc.ClaimCommand{Mutation: mut, Checkpoint: ckpt, Digest: alloc.Digest{1}, BootID: a.BootID, Run: c.Run}
-		return func(ctx context.Context) (alloctest.Verdict, error) {
+		return func(ctx context.Context) (alloctest.Answer, error) {
 			got, err := m.p.Claim(ctx, cmd)
 			if err == nil && got.Outcome == alloc.MayClone {
 				return alloctest.Clone, nil
@@ -155,19 +151,19 @@ func (m *machine) call(c *alloctest.Command) func(context.Context) (alloctest.Ve
 		}
 	case "bind":
 		cmd := alloc.BindCommand{Mutation: mut, Sandbox: m.sandbox, Epoch: e, BootID: a.BootID, Run: c.Run}
-		return func(ctx context.Context) (alloctest.Verdict, error) {
+		return func(ctx context.Context) (alloctest.Answer, error) {
 			_, _, err := m.p.Bind(ctx, cmd)
 			return done(err)
 		}
 	case "release":
 		cmd := alloc.ReleaseCommand{Mutation: mut, Sandbox: m.sandbox, Epoch: e, BootID: a.BootID, Run: c.Run}
-		return func(ctx context.Context) (alloctest.Verdict, error) {
+		return func(ctx context.Context) (alloctest.Answer, error) {
 			_, err := m.p.Release(ctx, cmd)
 			return done(err)
 		}
 	case "over":
 		cmd := alloc.EndCommand{Mutation: mut, Sandbox: m.sandbox, Epoch: e}
-		return func(ctx context.Context) (alloctest.Verdict, error) { _, err := m.p.End(ctx, cmd); return done(err) }
+		return func(ctx context.Context) (alloctest.Answer, error) { _, err := m.p.End(ctx, cmd); return done(err) }
 	}
 	panic(c.What)
 }
@@ -205,8 +201,8 @@ func (m *machine) faults(t *rapid.T) func(memstore.Op) memstore.Fault {
 func (m *machine) grow(models []alloctest.Model) []alloctest.Model {
 	for i := 0; i < len(models); i++ {
 		for _, c := range m.pending {
-			next, v := models[i].Step(c, m.policy)
-			if v == alloctest.Done && !slices.ContainsFunc(models, next.Same) {
+			next, answers := models[i].Step(c, m.policy)
+			if answers.Allow(alloctest.Done) && !slices.ContainsFunc(models, next.Same) {
 				models = append(models, next)
 			}
 		}
@@ -218,11 +214,11 @@ func (m *machine) step(t *testing.T, rt *rapid.T) {
 	c := m.draw(rt)
 	call := m.call(&c)
 	m.store.SetFaults(m.faults(rt))
-	verdict, err := call(t.Context())
+	answer, err := call(t.Context())
 	lost := alloc.ReasonOf(err) == alloc.ReasonUnknownOutcome
 	for range rapid.IntRange(0, 2).Draw(rt, "asks again") {
 		if err != nil {
-			verdict, err = call(t.Context())
+			answer, err = call(t.Context())
 			lost = lost || alloc.ReasonOf(err) == alloc.ReasonUnknownOutcome
 		}
 	}
@@ -231,9 +227,9 @@ func (m *machine) step(t *testing.T, rt *rapid.T) {
 	before := m.grow(slices.Clone(m.models))
 	var after []alloctest.Model
 	for _, b := range before {
-		next, v := b.Step(c, m.policy)
+		next, answers := b.Step(c, m.policy)
 		switch {
-		case err == nil && v == verdict:
+		case err == nil && answers.Allow(answer):
 			after = append(after, next)
 		case err == nil:
 		case lost:
@@ -252,7 +248,7 @@ func (m *machine) step(t *testing.T, rt *rapid.T) {
 	seen, token := m.look(t)
 	after = slices.DeleteFunc(after, func(x alloctest.Model) bool { return !x.Same(seen) })
 	if len(after) == 0 {
-		rt.Fatalf("%s gave %s, %v\nbefore %+v\nthe store has %+v", c, verdict, err, before, seen)
+		rt.Fatalf("%s gave %s, %v\nbefore %+v\nthe store has %+v", c, answer, err, before, seen)
 	}
 	m.models = after
 	if token != m.token { // whatever was pending has arrived, or compares a value that is there no more

@@ -97,19 +97,17 @@ func (s situation) event(c alloctest.Command) alloc.Event {
 }
 
 // do is Admit, where it applies, and Next.
-func (s situation) do(c alloctest.Command, p alloc.Policy) (alloc.Handoff, alloctest.Verdict, error) {
+func (s situation) do(c alloctest.Command, p alloc.Policy) (alloc.Handoff, alloctest.Answer, error) {
 	h, e := s.handoff(), s.event(c)
 	if claim, ok := e.(alloc.Claimed); ok {
 		images, known := s.images[claim.Checkpoint]
 		if !known {
-			return h, alloctest.No, nil
+			return h, alloctest.Answer(alloc.ReasonCheckpointNotFound), nil
 		}
 		outcome, why, err := alloc.Admit(&images, &s.sandbox, images.Digest, claim.Claimant, p)
 		switch {
-		case errors.Is(err, alloc.ErrNotConfirmed), errors.Is(err, alloc.ErrClaimed):
-			return h, alloctest.Wait, err
 		case err != nil:
-			return h, alloctest.No, err
+			return h, alloctest.AnswerOf(err), err
 		case outcome == alloc.MayClone:
 			if why == "" {
 				return h, alloctest.Clone, errors.New("a clone without a reason")
@@ -118,11 +116,11 @@ func (s situation) do(c alloctest.Command, p alloc.Policy) (alloc.Handoff, alloc
 		}
 	}
 	if e == nil {
-		return h, alloctest.No, nil
+		return h, alloctest.Answer(alloc.ReasonBound), nil
 	}
 	next, err := h.Next(e, moment(p))
 	if err != nil {
-		return next, alloctest.No, err
+		return next, alloctest.AnswerOf(err), err
 	}
 	return next, alloctest.Done, nil
 }
@@ -211,7 +209,7 @@ func TestNextAgainstModel(t *testing.T) {
 
 func step(t *testing.T, s situation, c alloctest.Command, p alloc.Policy) situation {
 	t.Helper()
-	h, verdict, err := s.do(c, p)
+	h, answer, err := s.do(c, p)
 	model, want := s.model.Step(c, p)
 	next := situation{sandbox: h.Sandbox, images: maps.Clone(s.images), model: model, path: s.path}
 	if h.Checkpoint != nil {
@@ -222,21 +220,21 @@ func step(t *testing.T, s situation, c alloctest.Command, p alloc.Policy) situat
 	}
 	r := next.records()
 	switch {
-	case verdict != want:
-		t.Fatalf("%q, then %s: %s (%v), the model says %s", next.path, c, verdict, err, want)
+	case !want.Allow(answer):
+		t.Fatalf("%q, then %s: %s (%v), the model says %s", next.path, c, answer, err, want)
 	case !alloctest.ModelOf(&next.sandbox, r.Checkpoints).Same(model):
 		t.Fatalf("%q, then %s: %+v\nthe model says %+v", next.path, c, alloctest.ModelOf(&next.sandbox, r.Checkpoints), model)
 	case h.Sandbox.Epoch < s.sandbox.Epoch:
 		t.Fatalf("%q, then %s: the epoch went back from %s to %s", next.path, c, s.sandbox.Epoch, h.Sandbox.Epoch)
-	case (verdict != alloctest.Done || model.Same(s.model)) && !reflect.DeepEqual(h, s.handoff()):
-		t.Fatalf("%q, then %s: %s, and changed the records:\n%s\n%s", next.path, c, verdict, inJSON(t, s.handoff()), inJSON(t, h))
+	case (answer != alloctest.Done || model.Same(s.model)) && !reflect.DeepEqual(h, s.handoff()):
+		t.Fatalf("%q, then %s: %s, and changed the records:\n%s\n%s", next.path, c, answer, inJSON(t, s.handoff()), inJSON(t, h))
 	case err != nil && (alloc.ReasonOf(err) == "" || alloc.ReasonOf(err) == alloc.ReasonMalformed):
 		t.Fatalf("%q, then %s: %v has no reason", next.path, c, err)
 	}
-	if verdict == alloctest.Done { // twice is once
-		again, verdict, err := next.do(c, p)
-		if verdict != alloctest.Done || !reflect.DeepEqual(again, h) {
-			t.Fatalf("%q, then %s twice: %s, %v\n%s\n%s", next.path, c, verdict, err, inJSON(t, h), inJSON(t, again))
+	if answer == alloctest.Done { // twice is once
+		again, answer, err := next.do(c, p)
+		if answer != alloctest.Done || !reflect.DeepEqual(again, h) {
+			t.Fatalf("%q, then %s twice: %s, %v\n%s\n%s", next.path, c, answer, err, inJSON(t, h), inJSON(t, again))
 		}
 	}
 	return next
