@@ -157,8 +157,8 @@ func (h *Host) running() (*box, error) {
 //
 //   - Stdin, Stdout, Stderr, ExtraFiles, Env, exit code and signals work as
 //     ever; Process.Pid is the relay's. SIGSTOP stops the relay only.
-//   - Env starts out as PATH, HOME and LANG only. Append to it; setting it to
-//     nil passes this process's environment.
+//   - Env starts out as PATH, HOME, LANG and Options.Env only. Append to it;
+//     setting it to nil passes this process's environment.
 //   - Leave Dir alone: the command starts in /.
 //   - When the context is over, or the relay is killed, the command and its
 //     process group get SIGKILL. In the first case Wait returns after the
@@ -166,7 +166,8 @@ func (h *Host) running() (*box, error) {
 //   - Exit code 127 means that there is no such command, 125 that the host is
 //     not there; the reason is on Stderr.
 func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	return relayCommand(ctx, h.dir(), []string{"PATH=" + defaultPath, "HOME=/root", "LANG=C.UTF-8"}, name, args)
+	env := append([]string{"PATH=" + defaultPath, "HOME=/root", "LANG=C.UTF-8"}, h.pool.env...)
+	return relayCommand(ctx, h.dir(), env, name, args)
 }
 
 // InitPID is the host's PID 1 as the machine numbers it; 0 while halted.

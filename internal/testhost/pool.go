@@ -22,6 +22,7 @@ import (
 type Options struct {
 	RootFS string    // of all hosts; "" calls RootFS
 	Hosts  []string  // names of the first hosts; AddHost makes more
+	Env    []string  // more environment, KEY=VALUE, of every command in a host
 	Log    io.Writer // progress; nil discards it
 }
 
@@ -30,6 +31,7 @@ type Pool struct {
 	rootfs      string
 	rootfsLock  *os.File // shared: keeps RootFS from removing it as outdated
 	hierarchies []cgroupMount
+	env         []string
 	state       *state
 	box         *box
 
@@ -50,7 +52,7 @@ func NewPool(ctx context.Context, o Options) (_ *Pool, err error) {
 	if err := Reap(); err != nil {
 		return nil, fmt.Errorf("cannot clean up after an earlier program: %w", err)
 	}
-	p := &Pool{rootfs: o.RootFS}
+	p := &Pool{rootfs: o.RootFS, env: o.Env}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.Close())

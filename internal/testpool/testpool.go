@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/internal/testhost"
 	"github.com/nsalloc/nsalloc/pkg/client"
 )
@@ -32,6 +33,8 @@ const (
 	serverPort = "7000"
 	agentSock  = "/run/nsalloc/agent.sock"
 	binDir     = "/usr/local/bin"
+	// killpointDir is a host's directory of armed points.
+	killpointDir = "/run/killpoints"
 	// readyIn bounds how long a daemon may take to answer after its start.
 	readyIn = 30 * time.Second
 )
@@ -48,6 +51,8 @@ type Options struct {
 	Log io.Writer
 	// AgentArgs are more arguments for every agent.
 	AgentArgs []string
+	// Killpoints says that the binaries have the build tag killpoints: Killpoints then names directories.
+	Killpoints bool
 }
 
 // Pool is a running pool. It is safe for concurrent use.
@@ -73,7 +78,11 @@ type daemon struct {
 
 // Start makes the hosts, starts server and agents, and waits until every agent has joined and swept.
 func Start(ctx context.Context, o Options) (*Pool, error) {
-	hosts, err := testhost.NewPool(ctx, testhost.Options{RootFS: o.RootFS, Hosts: o.Hosts, Log: o.Log})
+	var env []string
+	if o.Killpoints {
+		env = []string{killpoint.Env + "=" + killpointDir}
+	}
+	hosts, err := testhost.NewPool(ctx, testhost.Options{RootFS: o.RootFS, Hosts: o.Hosts, Env: env, Log: o.Log})
 	if err != nil {
 		return nil, err
 	}
@@ -150,8 +159,12 @@ func Output(cmd *exec.Cmd, out *bytes.Buffer) error {
 // StartServer starts the server on the data that it had, and waits until it serves.
 func (p *Pool) StartServer(ctx context.Context) error {
 	d, err := p.start("server", func(ctx context.Context) *exec.Cmd {
-		return p.Command(ctx, filepath.Join(p.o.Bin, "nsalloc-server"),
+		cmd := p.Command(ctx, filepath.Join(p.o.Bin, "nsalloc-server"),
 			"--data-dir", filepath.Join(p.Dir(), "server"), "--listen", p.ServerAddr(), "--insecure")
+		if p.o.Killpoints {
+			cmd.Env = append(cmd.Env, killpoint.Env+"="+p.Killpoints(""))
+		}
+		return cmd
 	})
 	if err != nil {
 		return err
@@ -210,6 +223,25 @@ func (p *Pool) Agent(host string) (nsallocv1.AgentClient, error) {
 	}
 	p.conns[host] = c
 	return nsallocv1.NewAgentClient(c), nil
+}
+
+// Killpoints is the directory, as this process reaches it, in which the points of a host's agent and hook
+// are armed; "" for the server's.
+func (p *Pool) Killpoints(host string) string {
+	if host == "" {
+		return filepath.Join(p.Dir(), "killpoints")
+	}
+	return p.Host(host).Path(killpointDir)
+}
+
+// AgentEnded is closed when the agent that was started last on a host has ended.
+func (p *Pool) AgentEnded(host string) <-chan struct{} { return p.agent(host).done }
+
+// ServerEnded is closed when the server that was started last has ended.
+func (p *Pool) ServerEnded() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.server.done
 }
 
 // KillAgent ends a host's agent with SIGKILL; StopAgent asks it to end.
