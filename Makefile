@@ -25,7 +25,7 @@ STORE  := $(addsuffix /...,$(wildcard ./internal/etcd*))
 # command:package. What the test hosts need, internal/testhost installs by itself.
 NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables
 
-.PHONY: help build test demo deps lint generate check-generated unit store e2e bench-hooks clean
+.PHONY: help build test demo deps lint generate check-generated unit store e2e kill-matrix bench-hooks clean
 .PHONY: $(COMMANDS)
 
 help: ## print this list
@@ -76,6 +76,7 @@ deps: ## install missing Debian packages (as root)
 lint: ## buf lint and golangci-lint
 	@$(TOOL) buf lint
 	$(TOOL) golangci-lint run ./...
+	$(TOOL) golangci-lint run --build-tags killpoints ./internal/killpoint/...
 
 generate: ## write the Go of every .proto beside it
 	@for dir in $(PROTO); do
@@ -111,6 +112,15 @@ e2e: build ## real binaries, real CRIU, hosts of their own (as root)
 	fi
 	export NSALLOC_BIN=$(CURDIR)/bin
 	$(GOTEST) -count=1 -v ./e2e/...
+
+# What the hosts of `make test` run a selection of. A point that is not hit is a failure.
+kill-matrix: ## kill server, agents and hook at every point, 290 cells (as root)
+	@if [ "$$(id -u)" != 0 ]; then
+		echo "SKIP kill-matrix: namespaces, mounts and CRIU need root; run as root"
+		test "$${CI:-}" != true
+		exit 0
+	fi
+	NSALLOC_KILL_CELLS=$${NSALLOC_KILL_CELLS:-.} NSALLOC_BIN=$(CURDIR)/bin go test -count=1 -v -timeout 60m -run TestKillMatrix ./e2e
 
 bench-hooks: build ## what the hook adds to a migration, beside no script and /bin/true (as root)
 	@export NSALLOC_BIN=$(CURDIR)/bin
