@@ -27,7 +27,8 @@ func (s *Sandbox) undoBind(at time.Time) {
 }
 
 // rebind replaces the kernel identities after a restore. What is not in e.Bindings was not in the
-// images: it is gone.
+// images: it is gone. A sandbox that is resumed may have been seen to end piece by piece after its dump:
+// what the images have lives again.
 func (s *Sandbox) rebind(e Bound, now time.Time) error {
 	if len(e.Bindings) > len(s.Bindings) {
 		return refuse(ReasonBound, subject(s), "%d bindings are named, it has %d", len(e.Bindings), len(s.Bindings))
@@ -42,13 +43,13 @@ func (s *Sandbox) rebind(e Bound, now time.Time) error {
 			return refuse(ReasonBound, subject(s), "serial %s is not of this sandbox", n.Serial)
 		case b.Type != n.Type:
 			return refuse(ReasonBound, subject(s), "serial %s is a %s namespace's, not a %s's", n.Serial, b.Type, n.Type)
-		case !b.Live():
+		case !b.Live() && s.Claim.From != StateEnded:
 			return refuse(ReasonBound, subject(s), "serial %s is of a namespace that is gone since %s", n.Serial, b.Gone.Format(time.RFC3339))
 		}
 		if err := n.validate(e.Claimant.BootID); err != nil {
 			return err
 		}
-		seen[n.Serial], b.Kernel = true, n.Kernel
+		seen[n.Serial], b.Kernel, b.Gone = true, n.Kernel, time.Time{}
 	}
 	for i := range s.Bindings {
 		if b := &s.Bindings[i]; b.Live() && !seen[b.Serial] {

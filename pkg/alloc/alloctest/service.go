@@ -36,6 +36,7 @@ func TestService(t *testing.T, factory func(t *testing.T) Planter) {
 		{"DumpVetoed", testDumpVetoed},
 		{"LeaveRunningMakesAClone", testLeaveRunning},
 		{"ResumeFromACopy", testResume},
+		{"ResumeOfWhatEndedInPieces", testResumePieces},
 		{"ReleaseBeforeAndAfterBind", testRelease},
 		{"SecondClaimantWaits", testSecondClaimant},
 		{"ClaimRepeatedAfterRelease", testClaimRepeated},

@@ -260,6 +260,34 @@ func testResume(t *testing.T, p *Pool) {
 	is(t, c, alloc.StateRunning, "a", alloc.CheckpointConsumed)
 }
 
+// testResumePieces: a container runs on after its dump and ends, and its namespaces are seen to go one after
+// the other. The images have them all.
+func testResumePieces(t *testing.T, p *Pool) {
+	a, b := p.Agent("a"), p.Agent("b")
+	sb := a.Sandbox()
+	h := must[alloc.Handoff](t)(p.Open(t.Context(), a.Open(sb)))
+	h = must[alloc.Handoff](t)(p.Abort(t.Context(), a.Abort(h, true)))
+	_, _, err := p.Register(t.Context(), alloc.RegisterCommand{Mutation: a.Mutation(), Items: []alloc.RegisterItem{{
+		Sandbox: sb.Serial, Epoch: h.Sandbox.Epoch, Gone: []alloc.Serial{sb.Bindings[0].Serial}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	must[*alloc.Sandbox](t)(p.End(t.Context(), a.End(&h.Sandbox)))
+	h = claim(t, b, h, "r")
+	cmd := b.Bind(h, "r")
+	cmd.Bindings = []alloc.Binding{b.Namespace(sb.Bindings[0].Serial, sb.Bindings[0].Type), b.Namespace(sb.Bindings[1].Serial, sb.Bindings[1].Type)}
+	h, _, err = p.Bind(t.Context(), cmd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	is(t, h, alloc.StateRunning, "b", alloc.CheckpointConsumed)
+	for _, b := range h.Sandbox.Bindings {
+		if !b.Live() {
+			t.Errorf("the %s namespace is gone since %s", b.Type, b.Gone)
+		}
+	}
+}
+
 func testRelease(t *testing.T, p *Pool) {
 	a, b := p.Agent("a"), p.Agent("b")
 	h := transit(t, a, a.Sandbox())
