@@ -19,6 +19,36 @@
 // Nothing lives in memory alone that ownership rests on. A new agent says Hello as the same life,
 // reads its sandboxes, opens the runs on its disk again and settles each by looking at the processes:
 // the same code path as when CRIU goes while the agent runs (settle.go).
+//
+// # Its disk
+//
+// The state directory holds `identity`, which makes it one life of one host; `runs/BOOT-PID-START.run`, what
+// must be remembered of one CRIU process; and `lock`, empty. A file is one line with its format and a SHA-256
+// over format and body, then JSON. It is replaced as a whole and durable before the write returns, so a
+// crash leaves the old one or the new one, and anything else is damage.
+//
+// The disk takes no write (full, read-only, failing): a stage that can veto does, with the disk's error;
+// what is to be settled waits. Both go on by themselves when it takes writes again.
+//
+// The directory is removed or replaced in use: the agent ends, since nothing can be promised any more.
+//
+// The identity is damaged, another host's, or of a newer format: the agent does not start, leaves the file as
+// it is, and names the command that begins a new life. A life that is lost costs the serials of its ranges:
+// the pool gives the new one an incarnation and ranges of its own, and has the sandboxes that live here, by
+// boot id and kernel id, under the serials that they have.
+//
+// A run's record is damaged: it counts as lost, as the whole disk would: 0 counts as given, so images of a
+// dump are a copy, never void and never in transit; the host begins a new life, because only that record may
+// have known that a serial was spent; and its CRIU, if it lives, is refused from then on. This is what the
+// operator would be told to do, it is safe, and it keeps one bad block from stopping every other sandbox
+// of the host; so the agent does it itself, puts the file aside as `.damaged`, and says so. A record of
+// a newer format is not damaged: the agent that wrote it can settle that run exactly, so this one does
+// not start.
+//
+// A field that an older agent may ignore is added without a new format: the older one keeps it when it
+// writes that file. Everything else, fields inside of others among it, raises the format. A release
+// that raises the format reads the one before too, and writes each file in its own when that changes
+// next; no release reads two steps back (oldestFormat).
 package agent
 
 import (
@@ -214,6 +244,9 @@ func (a *Agent) stayJoined(ctx context.Context) error {
 	t := time.NewTicker(helloPause)
 	defer t.Stop()
 	for {
+		if err := a.state.whole(); errors.Is(err, errStateGone) {
+			return err // nothing can be promised any more
+		}
 		err := a.lookAtPool(ctx)
 		if err != nil && ctx.Err() == nil {
 			text := err.Error()
@@ -234,7 +267,7 @@ func (a *Agent) stayJoined(ctx context.Context) error {
 func (a *Agent) lookAtPool(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	if !a.isJoined() || a.registrar.stale.Load() || time.Since(a.registrar.readAt()) > rereadAfter {
+	if !a.isJoined() || a.registrar.stale.Load() || a.registrar.age() > rereadAfter {
 		return a.registrar.join(ctx)
 	}
 	pool, err := a.pool.GetPool(ctx)

@@ -295,48 +295,6 @@ func TestRanUnasked(t *testing.T) {
 	h.consistent()
 }
 
-// TestStateLost: an agent that remembers nothing settles what the pool has under its name.
-func TestStateLost(t *testing.T) {
-	for name, c := range map[string]struct {
-		act   func(*host) alloc.Serial
-		state alloc.SandboxState
-	}{
-		"dumped, runs on": {func(h *host) alloc.Serial { return h.dump().sandbox }, alloc.StateRunning},
-		"dumped, gone": {func(h *host) alloc.Serial {
-			d := h.dump()
-			if err := h.stop(); err != nil {
-				h.t.Fatal(err)
-			}
-			d.tree.end()
-			d.end()
-			return d.sandbox
-		}, alloc.StateEnded},
-		"claimed": {func(h *host) alloc.Serial {
-			d := h.moved()
-			c := h.criu()
-			c.passes(criuhook.PreRestore, 0, d.images)
-			c.end()
-			return d.sandbox
-		}, alloc.StateInTransit},
-	} {
-		t.Run(name, func(t *testing.T) {
-			h := newHost(t)
-			sandbox := c.act(h)
-			if err := h.stop(); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.RemoveAll(filepath.Join(h.dir, "state")); err != nil {
-				t.Fatal(err)
-			}
-			h.start()
-			if s, cp := h.reaches(sandbox, c.state); s.State != alloc.StateInTransit && cp.State != alloc.CheckpointCopy {
-				t.Errorf("the images are %s", cp.State)
-			}
-			h.consistent()
-		})
-	}
-}
-
 // TestNoneOfOurBusiness: a tree in the host's namespaces passes everywhere, also when the agent is a new
 // one at each action.
 func TestNoneOfOurBusiness(t *testing.T) {

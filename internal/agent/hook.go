@@ -64,6 +64,9 @@ func (a *Agent) answer(ctx context.Context, n *run, stage criuhook.Stage, req *h
 		return a.refuse(stage, fmt.Errorf("CRIU %d began a %s and now brings %s; start a CRIU of its own for each", n.rec.CRIUPID, n.rec.Phase, stage.Action))
 	}
 	n.rec.Last = req.Action
+	if n.lost != nil {
+		return a.refuse(stage, n.lost)
+	}
 	pidfd := req.files[criuhook.FDCRIU]
 	err := a.watchCRIU(n, pidfd)
 	message := ""
@@ -111,9 +114,7 @@ func (a *Agent) settleAnswer(n *run, stage criuhook.Stage, answer criuhook.Respo
 	killpoint.At(killpoint.AgentVerdictRecording.Of(string(stage.Action)))
 	if err := a.runs.save(n); err != nil {
 		answer = a.refuse(stage, err)
-		if last {
-			n.rec.ZeroGiven, n.rec.Closed = false, true
-		}
+		n.rec.ZeroGiven, n.rec.Closed = false, true
 		n.rec.Answers[stage.Action] = answer
 		a.runs.publish(n)
 	}

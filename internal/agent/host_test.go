@@ -34,6 +34,7 @@ type host struct {
 	*Agent
 	logs *lockedBuffer
 	stop func() error // ends the agent
+	ends func() error // waits for it to end by itself
 }
 
 type lockedBuffer struct {
@@ -120,6 +121,17 @@ func (h *host) startOnly() {
 		h.stop = func() error { return nil }
 		cancel()
 		return <-ended
+	}
+	h.ends = func() error {
+		select {
+		case err := <-ended:
+			cancel()
+			h.stop = func() error { return nil }
+			return err
+		case <-time.After(settledIn):
+			h.t.Fatal("the agent goes on")
+			return nil
+		}
 	}
 	select {
 	case <-ready:

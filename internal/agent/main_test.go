@@ -9,6 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -66,7 +68,8 @@ func TestMain(m *testing.M) {
 
 // outer runs the tests in namespaces of their own; without root those that need none.
 func outer(m *testing.M) int {
-	if os.Geteuid() != 0 {
+	fuzzing := slices.ContainsFunc(os.Args, func(arg string) bool { return strings.HasPrefix(arg, "-test.fuzz") })
+	if os.Geteuid() != 0 || fuzzing { // a fuzzer talks to its workers, which are this binary, by inherited files
 		return m.Run()
 	}
 	c := exec.Command("/proc/self/exe", os.Args[1:]...)

@@ -22,6 +22,7 @@ type testPool struct {
 	fault map[string]*fault   // guarded by mu: by method
 	calls map[string]int      // guarded by mu
 	ids   map[string][]string // guarded by mu: request ids by method
+	first map[string]func()   // guarded by mu: done once, before the method's next call
 }
 
 // fault hits the transaction of a method's nth call. The call is not repeated: its caller never learns.
@@ -34,7 +35,7 @@ type fault struct {
 func newTestPool(t *testing.T) *testPool {
 	t.Helper()
 	store := memstore.New()
-	p := &testPool{svc: alloc.NewService(store, nil), store: store, fault: map[string]*fault{}, calls: map[string]int{}, ids: map[string][]string{}}
+	p := &testPool{svc: alloc.NewService(store, nil), store: store, fault: map[string]*fault{}, calls: map[string]int{}, ids: map[string][]string{}, first: map[string]func(){}}
 	if _, err := p.svc.InitPool(t.Context(), alloc.DefaultPolicy()); err != nil {
 		t.Fatal(err)
 	}
@@ -49,6 +50,13 @@ func (p *testPool) setAway(away bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.away = away
+}
+
+// before does something once, when the agent is about to call the method next.
+func (p *testPool) before(method string, do func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.first[method] = do
 }
 
 // hitBy has the method's nth call from now on meet a fault.
@@ -73,8 +81,12 @@ func (p *testPool) call(ctx context.Context, method string, do func(id string) e
 	if f != nil && f.nth != p.calls[method] {
 		f = nil
 	}
-	away := p.away
+	away, first := p.away, p.first[method]
+	delete(p.first, method)
 	p.mu.Unlock()
+	if first != nil {
+		first()
+	}
 	if away {
 		return &alloc.Error{Reason: alloc.ReasonUnavailable, Msg: "the server is away"}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sync/atomic"
 	"time"
 
@@ -24,15 +25,18 @@ type registrar struct {
 	a      *Agent
 	turn   chan struct{} // holds one token: a lock that can be waited for with a deadline
 	ranges alloc.Ranges  // what is left to spend; by whoever holds turn
-	id     identity      // by whoever holds turn
+	// id is this life, as the last Hello knew it, and renewed what is to be on disk before the next one, nil
+	// mostly; by whoever holds turn.
+	id      identity
+	renewed *identity
 	// burned are serials that a record on our disk names although the pool may never have seen them: they
 	// are spent with the next command and given to nothing, or one serial would stand for two things. By
 	// whoever holds turn.
 	burned map[alloc.Serial]bool
-	stale  atomic.Bool   // the pool's records must be read anew before anything is spent
-	read   atomic.Int64  // when they were, in Unix nanoseconds
-	left   atomic.Uint64 // ranges.Count(), for readers
-	life   atomic.Uint64 // id.Incarnation, for readers
+	stale  atomic.Bool               // the pool's records must be read anew before anything is spent
+	read   atomic.Pointer[time.Time] // when they were, by a clock that nobody sets; nil before
+	left   atomic.Uint64             // ranges.Count(), for readers
+	life   atomic.Uint64             // id.Incarnation, for readers
 }
 
 func newRegistrar(a *Agent) *registrar {
@@ -75,10 +79,10 @@ func (r *registrar) join(ctx context.Context) error {
 // as the same life again: the nonce was durable before it was said first.
 func (r *registrar) joinHeld(ctx context.Context) error {
 	a := r.a
-	id, err := a.state.identity()
-	if err != nil {
+	if err := r.keepRenewed(); err != nil {
 		return err
 	}
+	id := a.state.id
 	host, pool, err := a.pool.Hello(ctx, alloc.HelloCommand{
 		Host: a.cfg.Host, BootID: a.bootID(), Incarnation: id.Incarnation, Nonce: id.Nonce, PoolUUID: id.Pool, Labels: a.cfg.Labels,
 	})
@@ -90,8 +94,9 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 			a.log.Warn("this host got a new incarnation: its agent's state was lost or taken over elsewhere", "old", id.Incarnation, "new", host.Incarnation)
 		}
 		id.Pool, id.Incarnation = pool.UUID, host.Incarnation
+		r.renew(id)
 		killpoint.At(killpoint.AgentIdentityRecording)
-		if err := a.state.putIdentity(id); err != nil {
+		if err := r.keepRenewed(); err != nil {
 			return err
 		}
 		killpoint.At(killpoint.AgentIdentityRecorded)
@@ -106,7 +111,8 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 	a.poolRec.Store(pool)
 	a.book.replace(a.cfg.Host, owned)
 	r.stale.Store(false)
-	r.read.Store(time.Now().UnixNano())
+	now := time.Now()
+	r.read.Store(&now)
 	a.joinOnce.Do(func() {
 		a.log.Info("joined the pool", "pool", pool.UUID, "incarnation", host.Incarnation, "sandboxes", len(owned))
 		close(a.joined)
@@ -115,8 +121,32 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 	return nil
 }
 
-// readAt is when the pool's records were read anew.
-func (r *registrar) readAt() time.Time { return time.Unix(0, r.read.Load()) }
+// renew has id on disk before anything more is asked of the pool; by the holder.
+func (r *registrar) renew(id identity) {
+	r.renewed = &id
+	r.stale.Store(true)
+}
+
+// keepRenewed is renew's second half. Where the disk does not take it, it is tried again before the next
+// Hello, which would else take the life that the pool has just begun for another's.
+func (r *registrar) keepRenewed() error {
+	if r.renewed == nil {
+		return nil
+	}
+	if err := r.a.state.putIdentity(*r.renewed); err != nil {
+		return err
+	}
+	r.renewed = nil
+	return nil
+}
+
+// age is how long ago the pool's records were read anew.
+func (r *registrar) age() time.Duration {
+	if at := r.read.Load(); at != nil {
+		return time.Since(*at)
+	}
+	return math.MaxInt64
+}
 
 // mutation heads every command of this host.
 func (r *registrar) mutation() alloc.Mutation {
@@ -200,14 +230,14 @@ func (r *registrar) failed(err error) error {
 	case alloc.ReasonStaleIncarnation:
 		// Another life of this state has taken our place. A new nonce begins a life of our own.
 		r.a.log.Error("another copy of this agent's state was at work; beginning a new life", "cause", err)
-		if id, readErr := r.a.state.identity(); readErr == nil {
-			id.Nonce, id.Incarnation = newNonce(), 0
-			killpoint.At(killpoint.AgentNewLifeRecording)
-			if writeErr := r.a.state.putIdentity(id); writeErr != nil {
-				err = errors.Join(err, writeErr)
-			}
-			killpoint.At(killpoint.AgentNewLifeRecorded)
+		id := r.a.state.id
+		id.Nonce, id.Incarnation = newNonce(), 0
+		r.renew(id)
+		killpoint.At(killpoint.AgentNewLifeRecording)
+		if writeErr := r.keepRenewed(); writeErr != nil {
+			err = errors.Join(err, writeErr)
 		}
+		killpoint.At(killpoint.AgentNewLifeRecorded)
 	}
 	// Anything else, an unknown outcome above all: read our records again before the next step.
 	r.stale.Store(true)

@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -67,6 +68,9 @@ type runRecord struct {
 	// Over and Outcome are set when nothing is left to settle.
 	Over    time.Time `json:"over,omitzero"`
 	Outcome string    `json:"outcome,omitempty"`
+
+	// kept is what a newer agent wrote and this one has no name for.
+	kept unknown
 }
 
 // task names a process for ever on one boot.
@@ -87,6 +91,8 @@ type run struct {
 	deaths    deaths
 	again     atomic.Bool // it is going to be looked at again
 	trouble   string      // why it was not settled the last time; by the one worker that settles it
+	// lost, where it is set, says that its record is, and refuses whatever it brings; never changed.
+	lost error
 }
 
 // runs is every run that is not forgotten.
@@ -113,8 +119,33 @@ func parseRunKey(key string) (pid int, start uint64, ok bool) {
 	return pid, start, found && err1 == nil && err2 == nil
 }
 
+// runName is what a run's file is called by: it names the CRIU process for ever.
+type runName struct {
+	boot  string
+	pid   int
+	start uint64
+}
+
+func (n runName) file() string {
+	return fmt.Sprintf("%s/%s-%s%s", runsDir, n.boot, runKey(n.pid, n.start), runSuffix)
+}
+
 func fileOf(rec runRecord) string {
-	return fmt.Sprintf("runs/%s-%s.run", rec.BootID, runKey(rec.CRIUPID, rec.CRIUStart))
+	return runName{rec.BootID, rec.CRIUPID, rec.CRIUStart}.file()
+}
+
+// parseRunFile is the inverse of runName.file, of a name in the directory.
+func parseRunFile(base string) (n runName, ok bool) {
+	stem, ok := strings.CutSuffix(base, runSuffix)
+	const bootLen = len("00000000-0000-0000-0000-000000000000")
+	if !ok || len(stem) <= bootLen || stem[bootLen] != '-' {
+		return n, false
+	}
+	n.boot = stem[:bootLen]
+	if n.pid, n.start, ok = parseRunKey(stem[bootLen+1:]); !ok {
+		return n, false
+	}
+	return n, n.file() == runsDir+"/"+base
 }
 
 // get finds the run of a live CRIU, or begins one.
@@ -151,7 +182,7 @@ func (n *run) hold(ctx context.Context) (func(), error) {
 
 // save makes the record durable; by the holder of the turn.
 func (r *runs) save(n *run) error {
-	if err := r.a.state.write(fileOf(n.rec), n.rec); err != nil {
+	if err := r.a.state.write(fileOf(n.rec), n.rec, n.rec.kept); err != nil {
 		return err
 	}
 	r.publish(n)
@@ -168,29 +199,79 @@ func (r *runs) publish(n *run) {
 }
 
 // load opens the runs on disk. Those of another boot, or whose CRIU is gone, are settled like any other.
+// One whose record is damaged does not keep the others waiting: see lose.
 func (r *runs) load() error {
-	names, err := r.a.state.runFiles()
+	names, aside, err := runFiles(r.a.state.path)
 	if err != nil {
 		return err
 	}
+	var lost []runName
 	for _, name := range names {
-		var rec runRecord
-		if err := r.a.state.read(name, &rec); err != nil {
+		rec, err := readRun(r.a.state.path, name)
+		if _, damaged := errors.AsType[*damage](err); damaged {
+			r.a.log.Error("the record of a run is damaged and counts as lost; look at the disk", "cause", err, "kept_as", name.file()+damagedSuffix)
+			lost = append(lost, name)
+			continue
+		}
+		if err != nil {
 			return err
 		}
 		n := newRun(rec)
 		if rec.Phase == criuhook.Dump && rec.Checkpoint != 0 {
 			r.a.registrar.burn(rec.Checkpoint) // nobody else is there yet
 		}
-		if rec.BootID != r.a.bootID() {
-			n.key = rec.BootID + "-" + n.key
-		}
-		r.mu.Lock()
-		r.byKey[n.key] = n
-		r.mu.Unlock()
-		r.publish(n)
+		r.add(n)
+	}
+	if err := r.lose(lost); err != nil {
+		return err
+	}
+	for _, name := range append(aside, lost...) {
+		r.refuse(name)
 	}
 	return nil
+}
+
+// add makes a run of an earlier life known.
+func (r *runs) add(n *run) {
+	if n.rec.BootID != r.a.bootID() {
+		n.key = n.rec.BootID + "-" + n.key
+	}
+	r.mu.Lock()
+	r.byKey[n.key] = n
+	r.mu.Unlock()
+	r.publish(n)
+}
+
+// lose goes on without the records of some runs, as if the disk were lost. Their sandboxes are settled as
+// orphans: what is not known counts as given (orphans.go). A serial that only such a record named must not
+// be given to anything else: the host begins a new life, with ranges of its own. Dying before the records
+// are put aside begins one more, and does no harm.
+func (r *runs) lose(lost []runName) error {
+	if len(lost) == 0 {
+		return nil
+	}
+	if err := r.a.state.newLife(); err != nil {
+		return err
+	}
+	for _, name := range lost {
+		if err := r.a.state.putAside(name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// refuse has everything refused that the CRIU of a lost record still brings: the record may have held a
+// veto, after which nothing of that run is committed. Its file, put aside, has the next agent do the same.
+func (r *runs) refuse(name runName) {
+	if name.boot != r.a.bootID() {
+		return
+	}
+	n := newRun(runRecord{
+		BootID: name.boot, CRIUPID: name.pid, CRIUStart: name.start, Phase: criuhook.Either, Began: time.Now().UTC(), Closed: true,
+	})
+	n.lost = fmt.Errorf("what the agent had noted of CRIU %d (%s) was damaged and counts as lost; begin this dump or restore anew", name.pid, name.file()+damagedSuffix)
+	r.add(n)
 }
 
 // list is the records, newest first.
