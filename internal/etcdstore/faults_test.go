@@ -17,14 +17,18 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/nsalloc/nsalloc/internal/lossy"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
+// marker is in the request that a test loses.
+const marker = "the-request-in-question"
+
 // through is a store behind a proxy, connected, and one that sees the truth.
-func through(t *testing.T) (*proxy, *Store, *Store) {
+func through(t *testing.T) (*lossy.Proxy, *Store, *Store) {
 	t.Helper()
-	p := newProxy(t, shared.Endpoint())
-	s := newStore(t, p.endpoint)
+	p := lossy.New(t, shared.Endpoint(), marker)
+	s := newStore(t, p.Endpoint)
 	truth := newStore(t, shared.Endpoint())
 	truth.keys = s.keys
 	put(t, s, host("a", "0"))
@@ -32,13 +36,13 @@ func through(t *testing.T) (*proxy, *Store, *Store) {
 }
 
 // commitAsync commits a host, guarded by its old value.
-func commitAsync(t *testing.T, s *Store, p *proxy, mode int32, nonce string) <-chan error {
+func commitAsync(t *testing.T, s *Store, p *lossy.Proxy, mode lossy.Mode, nonce string) <-chan error {
 	t.Helper()
 	entries, _, err := s.Get(t.Context(), alloc.HostKey("a"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.mode.Store(mode)
+	p.Set(mode)
 	done := make(chan error, 1)
 	go func() {
 		_, err := s.Commit(t.Context(), alloc.Tx{Put: []alloc.Record{host("a", nonce)},
@@ -50,12 +54,12 @@ func commitAsync(t *testing.T, s *Store, p *proxy, mode int32, nonce string) <-c
 
 func TestAnswerLost(t *testing.T) {
 	p, s, truth := through(t)
-	if err := <-commitAsync(t, s, p, pass, "1"); err != nil {
+	if err := <-commitAsync(t, s, p, lossy.Pass, "1"); err != nil {
 		t.Fatal(err) // the pair: the same without a fault
 	}
-	done := commitAsync(t, s, p, dropAnswers, "2")
+	done := commitAsync(t, s, p, lossy.DropAnswers, "2")
 	eventually(t, "etcd committed", func() bool { return nonce(t, truth, "a") == "2" })
-	p.cut()
+	p.Cut()
 	if err := <-done; !errors.Is(err, alloc.ErrUnknownOutcome) {
 		t.Errorf("the answer was lost: %v", err)
 	}
@@ -66,9 +70,9 @@ func TestAnswerLost(t *testing.T) {
 
 func TestRequestLost(t *testing.T) {
 	p, s, _ := through(t)
-	done := commitAsync(t, s, p, dropRequests, marker)
-	<-p.taken
-	p.cut()
+	done := commitAsync(t, s, p, lossy.DropRequests, marker)
+	<-p.Taken
+	p.Cut()
 	// From here, it cannot be told from a lost answer.
 	if err := <-done; !errors.Is(err, alloc.ErrUnknownOutcome) {
 		t.Errorf("the request was lost: %v", err)
@@ -82,30 +86,30 @@ func TestRequestLost(t *testing.T) {
 // what keeps it from doing harm.
 func TestRequestDelayed(t *testing.T) {
 	p, s, truth := through(t)
-	done := commitAsync(t, s, p, holdRequests, marker)
-	<-p.taken
-	p.cut()
+	done := commitAsync(t, s, p, lossy.HoldRequests, marker)
+	<-p.Taken
+	p.Cut()
 	if err := <-done; !errors.Is(err, alloc.ErrUnknownOutcome) {
 		t.Errorf("the request is under way: %v", err)
 	}
 	if got := nonce(t, s, "a"); got != "0" {
 		t.Errorf("reading back gives %q", got)
 	}
-	p.release()
+	p.Release()
 	eventually(t, "the request arrived", func() bool { return nonce(t, truth, "a") == marker })
 }
 
 // The deadline of a commit whose answer does not come.
 func TestDeadlineDuringCommit(t *testing.T) {
 	p, s, _ := through(t)
-	p.mode.Store(dropRequests)
+	p.Set(lossy.DropRequests)
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	_, err := s.Commit(ctx, alloc.Tx{Put: []alloc.Record{host("a", "1")}})
 	if !errors.Is(err, alloc.ErrUnknownOutcome) {
 		t.Error(err)
 	}
-	p.cut()
+	p.Cut()
 	if got := nonce(t, s, "a"); got != "0" {
 		t.Errorf("reading back gives %q", got)
 	}
@@ -183,7 +187,7 @@ func TestWatchEndsWithItsConnection(t *testing.T) {
 	ended := watch(put(t, truth, host("a", "1")))
 	put(t, truth, host("a", "2"))
 	last := <-at
-	p.cut()
+	p.Cut()
 	if err := <-ended; !errors.Is(err, alloc.ErrUnavailable) {
 		t.Errorf("the watch ended with %v", err)
 	}
@@ -193,7 +197,7 @@ func TestWatchEndsWithItsConnection(t *testing.T) {
 	if rev := <-at; rev != missed {
 		t.Errorf("went on at %d, %d was next", rev, missed)
 	}
-	p.cut()
+	p.Cut()
 	if err := <-ended; !errors.Is(err, alloc.ErrUnavailable) {
 		t.Errorf("the second watch ended with %v", err)
 	}
