@@ -10,6 +10,7 @@ import (
 	"os"
 	"reflect"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -59,6 +60,11 @@ func Load(path string) (Settings, error) {
 	if err != nil {
 		return Defaults(), fmt.Errorf("configuration: %w", err)
 	}
+	return parse(path, b)
+}
+
+// parse is Load of a file's text; path is for messages.
+func parse(path string, b []byte) (Settings, error) {
 	s := Defaults()
 	d := yaml.NewDecoder(bytes.NewReader(b))
 	d.KnownFields(true)
@@ -69,7 +75,7 @@ func Load(path string) (Settings, error) {
 	if err := d.Decode(&more); err == nil {
 		return Defaults(), fmt.Errorf("configuration %s: line %d: a second document begins; put all keys into one, without ---", path, more.Line)
 	} else if !errors.Is(err, io.EOF) {
-		return Defaults(), fmt.Errorf("configuration %s: %w", path, err)
+		return Defaults(), fmt.Errorf("configuration %s: %w", path, plain(err))
 	}
 	return s, nil
 }
@@ -85,13 +91,18 @@ var clearer = []struct {
 	{regexp.MustCompile(`cannot unmarshal !!\S+ (.+) into \S+Settings`), "$1 is no key with a value"},
 }
 
-// plain says it in terms of the file and on one line.
+// plain says it in terms of the file and on one line, also where the file's own text is quoted.
 func plain(err error) error {
-	e, ok := errors.AsType[*yaml.TypeError](err)
-	if !ok {
-		return err
+	text := err.Error()
+	if e, ok := errors.AsType[*yaml.TypeError](err); ok {
+		text = strings.Join(e.Errors, ", ")
 	}
-	text := strings.Join(e.Errors, ", ")
+	text = strings.Map(func(r rune) rune {
+		if !strconv.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, text)
 	for _, c := range clearer {
 		text = c.complaint.ReplaceAllString(text, c.meaning)
 	}

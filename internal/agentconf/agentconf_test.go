@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"go.yaml.in/yaml/v3"
 )
 
 func TestLoad(t *testing.T) {
@@ -45,4 +47,32 @@ func TestLoad(t *testing.T) {
 	if got, err := Load("/nowhere/agent.yaml"); got != Defaults() || !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no file: %+v, %v", got, err)
 	}
+}
+
+// FuzzLoad: a text is a configuration or an error of one line, never a bit of each; and what was understood
+// is what a person would write down to say the same.
+func FuzzLoad(f *testing.F) {
+	for _, text := range []string{
+		"", "# later\n", "host: a\nserver: pool:7070\ninsecure: true\nsweep_interval: 5s\n", "sever: x\ninsecure: 7\n", "host: [\n", "host: a\n---\nserver: b\n",
+		"host: &x a\nserver: *x\n", "{host: a, host: b}", "<<: {host: a}", "host: !!binary YQ==\n", "\ufeffhost: a\n", "host: |\n  a\n  b\n",
+		"a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]\n",
+	} {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		s, err := parse("agent.yaml", text)
+		if err != nil {
+			if s != Defaults() || strings.Contains(err.Error(), "\n") || len(err.Error()) > 400+8*len(text) {
+				t.Errorf("%+v with the error %q", s, err)
+			}
+			return
+		}
+		b, err := yaml.Marshal(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again, err := parse("agent.yaml", b); err != nil || again != s {
+			t.Errorf("%+v, written as\n%s\nbecame %+v, %v", s, b, again, err)
+		}
+	})
 }
