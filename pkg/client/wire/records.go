@@ -145,7 +145,7 @@ func SandboxFromWire(s *nsallocv1.Sandbox) *alloc.Sandbox {
 		Epoch:      alloc.Epoch(s.GetEpoch()),
 		OfHost:     s.GetOfHost(),
 		Bindings:   bindingsFromWire(s.GetBindings()),
-		Labels:     s.GetLabels(),
+		Labels:     labels(s.GetLabels()),
 		Checkpoint: alloc.Serial(s.GetCheckpoint()),
 		Created:    timeFromWire(s.GetCreated()),
 	}
@@ -249,7 +249,7 @@ func HostFromWire(h *nsallocv1.Host) *alloc.Host {
 		Incarnation: alloc.Incarnation(h.GetIncarnation()),
 		BootID:      h.GetBootId(),
 		Granted:     RangesFromWire(h.GetGranted()),
-		Labels:      h.GetLabels(),
+		Labels:      labels(h.GetLabels()),
 		Hello:       timeFromWire(h.GetHello()),
 	}
 }
