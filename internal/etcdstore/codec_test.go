@@ -139,32 +139,6 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
-// Whatever stands in the store, decode answers with a record or with one of its two errors.
-func FuzzDecode(f *testing.F) {
-	for i, rec := range alloctest.Records(f) {
-		value, err := encode(rec)
-		if err != nil {
-			f.Fatal(err)
-		}
-		f.Add(i, value)
-	}
-	f.Fuzz(func(t *testing.T, i int, value []byte) {
-		samples := alloctest.Records(t)
-		key := samples[uint(i)%uint(len(samples))].Key()
-		rec, err := decode(key, value)
-		switch {
-		case err == nil && rec.Key() != key:
-			t.Errorf("decoded %s under %s", rec.Key(), key)
-		case err != nil && !errors.Is(err, alloc.ErrMalformed) && !errors.Is(err, alloc.ErrFormat):
-			t.Errorf("%v", err)
-		case err == nil:
-			if _, err := encode(rec); err != nil {
-				t.Errorf("a record that was read cannot be written: %v", err)
-			}
-		}
-	})
-}
-
 func TestNotStorable(t *testing.T) {
 	for name, rec := range map[string]alloc.Record{
 		"no state":      &alloc.Sandbox{Serial: 1},
