@@ -170,17 +170,42 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+// FuzzRoundTrip: whatever the file holds, what Install adds Uninstall takes away, nothing else changes, and
+// CRIU runs the hook once.
 func FuzzRoundTrip(f *testing.F) {
 	f.Add([]byte("tcp-close\naction-script /x"))
 	f.Add([]byte(marker + noFile + "\naction-script " + hook))
+	f.Add([]byte("act \"/a b\" # why\r\n" + marker + noLineEnd + "\nverbosity 4"))
 	f.Fuzz(func(t *testing.T, text []byte) {
+		given := bytes.Clone(text)
 		rest, _ := Uninstall(text)
-		with, err := Install(rest, hook)
+		if n := countOurs(Scripts(rest)); n != 0 || len(rest) > len(text) {
+			t.Fatalf("%d of our lines are left of %q: %q", n, text, rest)
+		}
+		with, err := Install(text, hook)
+		if !bytes.Equal(text, given) {
+			t.Fatal("Install or Uninstall changed its input")
+		}
 		if err != nil {
 			return
 		}
+		ours := 0
+		for _, s := range Scripts(with) {
+			if s.Ours {
+				ours++
+				if s.Path != hook {
+					t.Errorf("line %d of %q runs %q", s.Line, with, s.Path)
+				}
+			}
+		}
+		if again, err := Install(with, hook); ours != 1 || err != nil || !bytes.Equal(again, with) {
+			t.Errorf("%d lines of %q run the hook; installed again %q, %v", ours, with, again, err)
+		}
 		if back, _ := Uninstall(with); !bytes.Equal(back, rest) {
-			t.Fatalf("%q became %q", rest, back)
+			t.Errorf("%q became %q", rest, back)
+		}
+		if clean, err := Install(rest, hook); err == nil && !bytes.HasPrefix(clean, rest) {
+			t.Errorf("Install changed what was there:\n%q\n%q", rest, clean)
 		}
 	})
 }

@@ -3,6 +3,7 @@
 package kernelns
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,7 +12,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -348,14 +351,43 @@ func TestParse(t *testing.T) {
 	}
 }
 
+// FuzzParse: a process names itself as it likes and moves into a cgroup of any name, and neither makes /proc
+// say anything else of it.
 func FuzzParse(f *testing.F) {
-	f.Add([]byte("42 (x) S 7 8 9 0 -1 0 0 0 0 0 0 0 0 0 20 0 3 0 12345 1 2 3\n"))
-	f.Add([]byte("\nNSpid:\t1\t2\n"))
-	f.Add([]byte("8:pids:/p\n0::/\n"))
-	f.Fuzz(func(_ *testing.T, b []byte) {
-		_, _ = parseStat(b)
-		_, _ = parseVPIDs(b)
-		parseCgroup(b)
+	f.Add([]byte("42 (x) S 7 8 9 0 -1 0 0 0 0 0 0 0 0 0 20 0 3 0 12345 1 2 3\n"), "x", 7, uint64(12345))
+	f.Add([]byte("\nNSpid:\t1\t2\n"), ") R 1 (", 1, uint64(0))
+	f.Add([]byte("8:pids:/p\n0::/\n"), "a\nNSpid:\t1", 1, uint64(1))
+	for _, file := range []string{"stat", "status", "cgroup"} {
+		b, err := os.ReadFile("/proc/self/" + file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b, "kernelns.test", os.Getppid(), uint64(1))
+	}
+	f.Fuzz(func(t *testing.T, b []byte, comm string, ppid int, start uint64) {
+		if s, err := parseStat(b); err == nil && (!bytes.Contains(b, []byte("("+s.comm+")")) || s.state == 0) {
+			t.Errorf("%q is %+v", b, s)
+		}
+		if pids, err := parseVPIDs(b); err == nil && len(pids) > len(b) {
+			t.Errorf("%q has %d pids", b, len(pids))
+		}
+		if path := parseCgroup(b); !bytes.Contains(b, []byte(":"+path)) && path != "" || strings.Contains(path, "\n") {
+			t.Errorf("%q is in %q", b, path)
+		}
+		line := fmt.Appendf(nil, "42 (%s) S %d 8 9 0 -1 4194304 0 0 0 0 0 0 0 0 20 0 3 0 %d 1 2 3\n", comm, ppid, start)
+		want := stat{comm: comm, state: 'S', ppid: ppid, threads: 3, start: start}
+		if s, err := parseStat(line); err != nil || s != want {
+			t.Errorf("%q is %+v, %v", line, s, err)
+		}
+		// The kernel writes a name's line feeds as \\n in status, and in cgroup paths (seq_escape).
+		name := strings.ReplaceAll(comm, "\n", "\\n")
+		status := fmt.Appendf(nil, "Name:\t%s\nPid:\t42\nNSpid:\t42\t7\nNSpgid:\t1\n", name)
+		if pids, err := parseVPIDs(status); err != nil || !slices.Equal(pids, []int{42, 7}) {
+			t.Errorf("%q has pids %v, %v", status, pids, err)
+		}
+		if path := parseCgroup(fmt.Appendf(nil, "4:devices:/d\n0::/%s/x\n", name)); path != "/"+name+"/x" {
+			t.Errorf("a cgroup %q is read as %q", name, path)
+		}
 	})
 }
 

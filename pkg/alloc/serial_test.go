@@ -1,6 +1,7 @@
 package alloc_test
 
 import (
+	"encoding"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -158,5 +159,62 @@ func FuzzParseSerial(f *testing.F) {
 		if len(text) != 16 && !strings.Contains(text, ":") && s.Generation() != alloc.Generation(gen) {
 			t.Errorf("the bare counter %q is of generation %d, not %d", text, s.Generation(), gen)
 		}
+		// The number is what the digits say and nothing else, whatever their case.
+		digits, want := text, fmt.Sprintf("%x", s.Counter())
+		if before, after, ok := strings.Cut(text, ":"); ok {
+			digits = after
+			if g := strings.TrimLeft(strings.ToLower(before), "0"); g != fmt.Sprintf("%x", s.Generation()) {
+				t.Errorf("%q is of generation %x", text, s.Generation())
+			}
+		} else if len(text) == 16 {
+			want = fmt.Sprintf("%x", uint64(s))
+		}
+		if strings.TrimLeft(strings.ToLower(digits), "0") != want {
+			t.Errorf("%q is %s", text, s)
+		}
+		if other, err := alloc.ParseSerial(strings.ToUpper(text), alloc.Generation(gen)); err != nil || other != s {
+			t.Errorf("%q is %s, in capitals %s, %v", text, s, other, err)
+		}
 	})
+}
+
+// FuzzTexts: numbers of the domain as they stand in JSON. What is read is written as a text that reads as
+// the same; else the text is refused as invalid.
+func FuzzTexts(f *testing.F) {
+	for _, text := range []string{"", "0001000000000007", "0000000000000000", "8000000000000000", "1.3", "0.0", "32767.281474976710655", "01.3", strings.Repeat("0f", 32), strings.Repeat("0F", 32)} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		if s, ok := checkText[alloc.Serial](t, text); ok && !s.Valid() && s != 0 {
+			t.Errorf("serial %q can never have been issued", text)
+		}
+		checkText[alloc.Epoch](t, text)
+		checkText[alloc.Incarnation](t, text)
+		if d, ok := checkText[alloc.Digest](t, text); ok && !strings.EqualFold(d.String(), text) {
+			t.Errorf("digest %q is %s", text, d)
+		}
+	})
+}
+
+func checkText[T comparable, P interface {
+	*T
+	encoding.TextMarshaler
+	encoding.TextUnmarshaler
+}](t *testing.T, text string) (v T, ok bool) {
+	t.Helper()
+	if err := P(&v).UnmarshalText([]byte(text)); err != nil {
+		if !errors.Is(err, alloc.ErrInvalid) || len(err.Error()) > 600 {
+			t.Errorf("%T %q: %v", v, text, err)
+		}
+		return v, false
+	}
+	var again T
+	b, err := P(&v).MarshalText()
+	if err == nil {
+		err = P(&again).UnmarshalText(b)
+	}
+	if err != nil || again != v {
+		t.Errorf("%T %q is %v, written %q, which reads as %v: %v", v, text, v, b, again, err)
+	}
+	return v, true
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"os"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -180,7 +181,7 @@ func (e *endless) Read(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// FuzzManifest: what is a manifest is the one text of what it says.
+// FuzzManifest: what is a manifest is the one text of what it says, and what it says can be relied on.
 func FuzzManifest(f *testing.F) {
 	b, _, err := manifest().Encode()
 	if err != nil {
@@ -189,14 +190,48 @@ func FuzzManifest(f *testing.F) {
 	f.Add(b)
 	f.Add(bytes.Replace(b, []byte(`"weak"`), []byte(`"Weak"`), 1))
 	f.Add(append(bytes.Clone(b), '\n'))
+	f.Add([]byte(`{"format":2,"namespaces":{}}`))
+	for _, b := range recorded(f, "manifests/*.json") {
+		f.Add(b)
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m, digest, err := DecodeManifest(bytes.NewReader(b))
 		if err != nil {
+			if m != nil || digest != (alloc.Digest{}) || len(err.Error()) > 2000 {
+				t.Errorf("refused with a manifest, %s, or at length: %v", digest, err)
+			}
 			return
 		}
 		again, d, err := m.Encode()
 		if err != nil || d != digest || digest != sha256.Sum256(b) || !bytes.Equal(again, b) {
 			t.Errorf("%s\nbecame\n%s\n%v", b, again, err)
 		}
+		serials := map[alloc.Serial]bool{m.Checkpoint: true, m.Sandbox: true}
+		for _, n := range m.Namespaces {
+			serials[n.Serial] = true
+			if !n.Serial.Valid() || !n.Type.Valid() || n.Kernel.IsZero() {
+				t.Errorf("%+v", n)
+			}
+		}
+		if len(serials) != 2+len(m.Namespaces) || m.Images == (alloc.Digest{}) || m.Pool == "" || m.Epoch == 0 {
+			t.Errorf("%+v", m)
+		}
 	})
+}
+
+// recorded reads what real dumps and restores left in testdata.
+func recorded(t testing.TB, pattern string) (list [][]byte) {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join("testdata", pattern))
+	if err != nil || len(names) == 0 {
+		t.Fatalf("testdata/%s: %d files, %v", pattern, len(names), err)
+	}
+	for _, name := range names {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, b)
+	}
+	return list
 }

@@ -202,6 +202,7 @@ func TestStages(t *testing.T) {
 	}
 }
 
+// FuzzRequest: a packet that is taken means one thing, which can be sent on and logged as it is.
 func FuzzRequest(f *testing.F) {
 	b, err := EncodeRequest(request())
 	if err != nil {
@@ -211,13 +212,23 @@ func FuzzRequest(f *testing.F) {
 	f.Add([]byte(`{"version":1,"action":"pre-dump","caller":"notify","criu_pid":1,"fds":null}`))
 	f.Add([]byte(`{"version":2}`))
 	f.Add([]byte("{\"VERSION\":1,\"action\":\"x\",\"caller\":\"script\",\"criu_pid\":1,\"image_dir\":\"\\u0000\xff\"}"))
+	for _, b := range recorded(f, "packets/*.request") {
+		f.Add(b)
+	}
 	f.Fuzz(func(t *testing.T, packet []byte) {
 		r, err := DecodeRequest(packet)
 		if err != nil {
+			checkRefusal(t, err)
+			if r.Version != 0 || r.FDs != nil {
+				t.Errorf("refused with %+v", r)
+			}
 			return
 		}
 		checkText(t, r.ImageDir)
 		checkText(t, string(r.Action))
+		if len(packet) > MaxMessage || len(r.FDs) > MaxFDs || r.CRIUPID <= 0 || r.InitPID < 0 {
+			t.Errorf("%d bytes: %+v", len(packet), r)
+		}
 		b, err := EncodeRequest(r)
 		if err != nil {
 			t.Fatalf("%+v was decoded and is not encoded: %v", r, err)
@@ -232,13 +243,28 @@ func FuzzRequest(f *testing.F) {
 	})
 }
 
+// FuzzResponse: what an agent says can be printed as it is, and no packet is half a verdict.
 func FuzzResponse(f *testing.F) {
 	f.Add([]byte(`{"version":1,"verdict":"veto","message":"why"}`))
 	f.Add([]byte(`{"version":1,"verdict":"pass"}`))
 	f.Add([]byte("{\"version\":1,\"verdict\":\"pass\",\"message\":\"\\u2028\xf0\"} "))
+	for _, b := range recorded(f, "packets/*.response") {
+		f.Add(b)
+	}
 	f.Fuzz(func(t *testing.T, packet []byte) {
 		r, err := DecodeResponse(packet)
+		// What a hook makes of it: a verdict it does not understand stops CRIU where it can be stopped, and
+		// nothing else does but a veto.
+		d := Decide(PostDump, r, err, false)
+		if d.Veto != (err != nil || r.Verdict == Veto) || Decide(PreResume, r, err, false).Veto {
+			t.Errorf("%+v, %v: %+v", r, err, d)
+		}
+		checkText(t, d.Message)
 		if err != nil {
+			checkRefusal(t, err)
+			if r != (Response{}) {
+				t.Errorf("refused with %+v", r)
+			}
 			return
 		}
 		checkText(t, r.Message)
@@ -250,6 +276,14 @@ func FuzzResponse(f *testing.F) {
 			t.Errorf("%+v became %+v, %v", r, again, err)
 		}
 	})
+}
+
+// checkRefusal: what is wrong with a packet is said at bounded length, however long the packet.
+func checkRefusal(t *testing.T, err error) {
+	t.Helper()
+	if s := err.Error(); s == "" || len(s) > 1000 {
+		t.Errorf("a refusal of %d bytes: %.200s", len(s), s)
+	}
 }
 
 func checkText(t *testing.T, s string) {
