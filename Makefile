@@ -19,13 +19,13 @@ PROTO    := $(wildcard api/proto internal/storepb)
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
 # Phases of `make test`, in order. store and e2e are apart because they take longest.
-PHASES := deps build lint check-generated unit store e2e
+PHASES := deps build lint check-generated unit store fuzz-short e2e
 STORE  := $(addsuffix /...,$(wildcard ./internal/etcd*))
 
 # command:package. What the test hosts need, internal/testhost installs by itself.
 NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables
 
-.PHONY: help build test demo deps lint generate check-generated unit store e2e kill-matrix bench-hooks clean
+.PHONY: help build test demo deps lint generate check-generated unit store fuzz-short fuzz e2e kill-matrix bench-hooks clean
 .PHONY: $(COMMANDS)
 
 help: ## print this list
@@ -103,6 +103,37 @@ unit: ## tests of the packages; some make hosts of their own (as root)
 
 store: ## tests against a real etcd, which runs inside the test
 	@$(GOTEST) $(STORE)
+
+# What fuzz finds out goes on in the next run (in Go's cache); fuzz-short begins with what is committed
+# each time, so that it takes the same time for everybody. FUZZ names a target.
+FUZZTIME := 5m
+FUZZJOBS := 1
+fuzz: ## every fuzz target for FUZZTIME (5m) each
+fuzz-short: ## every fuzz target for a second each
+fuzz-short fuzz:
+	@tmp=$$(mktemp -d)
+	trap 'rm -rf "$$tmp"' EXIT
+	time=1s cache=$$tmp/corpus failed= report=
+	if [ $@ = fuzz ]; then time=$(FUZZTIME) cache=$$(go env GOCACHE)/fuzz-nsalloc; fi
+	for pkg in $$(grep -rlE --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u); do
+		# Once a package, with the instructions that tell the fuzzer what an input reached.
+		go test -c -fuzz=Fuzz -o "$$tmp/test" $$pkg
+		targets=$$(cd $$pkg && "$$tmp/test" -test.list '^$(or $(FUZZ),Fuzz.*)$$' | { grep ^Fuzz || true; })
+		for target in $$targets; do
+			result=ok
+			# Without a limit most of the time goes into making what is new small.
+			(cd $$pkg && "$$tmp/test" -test.run '^$$' -test.fuzz "^$$target\$$" -test.fuzztime $$time \
+				-test.fuzzminimizetime 20x -test.parallel $(FUZZJOBS) -test.fuzzcachedir "$$cache/$$pkg") >"$$tmp/log" 2>&1 ||
+				{ result=FAILED failed+=" $$target"; cat "$$tmp/log"; }
+			report+=$$(awk -v p=$$pkg -v t=$$target -v r=$$result '
+				/execs: / { split($$0, e, /execs: | \(/); match($$0, /interesting: [0-9]+/); n = substr($$0, RSTART+13, RLENGTH-13) }
+				/Failing input written to/ { sub(/.*\//, "", $$NF); r = r ": " p "/testdata/fuzz/" t "/" $$NF "; again: go test " p " -run " t "/" $$NF }
+				END { printf "%-28s %-16s %10d %8d  %s", p, t, e[2], n, r }' "$$tmp/log")$$'\n'
+		done
+	done
+	printf '\n%-28s %-16s %10s %8s  %s\n%s' PACKAGE TARGET EXECS NEW RESULT "$$report"
+	test -n "$$report" || { echo "no fuzz target is called $(FUZZ)"; exit 1; }
+	test -z "$$failed" || { echo "FAILED:$$failed"; exit 1; }
 
 e2e: build ## real binaries, real CRIU, hosts of their own (as root)
 	@if [ "$$(id -u)" != 0 ]; then
