@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
 	"github.com/nsalloc/nsalloc/internal/killpoint"
@@ -74,6 +76,23 @@ var journeys = map[string]journey{
 		prepare: func(c *cellRun) { c.must(c.start(), c.dumpAndMove()) },
 		op:      func(c *cellRun) error { return errors.Join(c.loseDisk("b"), c.restore("b", "")) },
 	},
+	// The agent dies in the middle of a hand-off, and what it had noted of that is damaged when the next begins.
+	"damaged-a": {
+		prepare: func(c *cellRun) {
+			c.must(c.start())
+			c.dies("a", "agent/Abort/sending", func() error { return c.dump("a", "--leave-running") })
+			c.must(c.damage("a"))
+		},
+		op: func(c *cellRun) error { return c.p.StartAgent(c.p.ctx(), "a") },
+	},
+	"damaged-b": {
+		prepare: func(c *cellRun) {
+			c.must(c.start(), c.dumpAndMove())
+			c.dies("b", "agent/Claim/received", func() error { return c.restore("b", "") })
+			c.must(c.damage("b"))
+		},
+		op: func(c *cellRun) error { return c.p.StartAgent(c.p.ctx(), "b") },
+	},
 	// Another agent has said Hello in this host's name: ours finds itself fenced.
 	"other-life-a": {
 		prepare: func(c *cellRun) { c.must(c.start(), c.otherLife("a")) },
@@ -117,6 +136,7 @@ var (
 	onDump    = []place{{"source", "dump"}}
 	onRestore = []place{{"target", "restore"}}
 	onEnd     = []place{{"source", "end-a"}, {"target", "end-b"}}
+	onDamaged = []place{{"source", "damaged-a"}, {"target", "damaged-b"}}
 	onLost    = []place{{"source", "lost-disk-a"}, {"target", "lost-disk-b"}}
 )
 
@@ -138,6 +158,7 @@ var byAction = map[string][]place{
 // byWrite is where the agent writes what.
 var byWrite = map[string][]place{
 	"nonce": onLost, "identity": onLost, "new-life": {{"source", "other-life-a"}, {"target", "other-life-b"}},
+	"lost-life": onDamaged, "aside": onDamaged,
 	"manifest": onDump, "checkpoint": onDump, "untaken": {{"source", "untaken"}},
 	"claim": onRestore, "root": onRestore, "tree": onRestore, "parked": {{"target", "parked"}},
 	"outcome": {{"source", "dump"}, {"target", "restore"}}, "run": {{"source", "forget"}},
@@ -260,6 +281,34 @@ func (c *cellRun) loseDisk(host string) error {
 		return err
 	}
 	return c.p.StartAgent(c.p.ctx(), host)
+}
+
+// dies lets a host's agent die at a point of its own during an operation, and leaves it dead.
+func (c *cellRun) dies(host, point string, op func() error) {
+	c.p.t.Helper()
+	c.arm(host, point)
+	wait := inBackground(op)
+	select {
+	case <-c.p.AgentEnded(host):
+	case <-time.After(settledIn):
+		c.p.t.Fatalf("the agent of host %s does not come to %s: %v", host, point, wait())
+	}
+	_ = wait() // whatever came of it
+}
+
+// damage cuts the newest record of a run off that a host's agent has.
+func (c *cellRun) damage(host string) error {
+	runs, err := filepath.Glob(c.p.Host(host).Path(agentState) + "/runs/*.run")
+	if err != nil {
+		return err
+	}
+	newest, at := "", time.Time{}
+	for _, run := range runs {
+		if info, err := os.Stat(run); err == nil && info.ModTime().After(at) {
+			newest, at = run, info.ModTime()
+		}
+	}
+	return os.Truncate(newest, 100)
 }
 
 // syncBuffer is a log that is read while it is written.

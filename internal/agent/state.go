@@ -203,7 +203,10 @@ func readIdentity(path, host string) (id identity, kept unknown, err error) {
 func (s *stateDir) newLife() error {
 	id := s.id
 	id.Nonce, id.Incarnation = newNonce(), 0
-	return s.putIdentity(id)
+	killpoint.At(killpoint.AgentLostLifeRecording)
+	err := s.putIdentity(id)
+	killpoint.At(killpoint.AgentLostLifeRecorded)
+	return err
 }
 
 // putIdentity makes id durable, and then the one that counts.
@@ -319,7 +322,9 @@ func readRun(path string, n runName) (rec runRecord, err error) {
 // putAside makes it durable that the record of a run is lost. The file is kept for people to look at.
 func (s *stateDir) putAside(n runName) error {
 	file := filepath.Join(s.path, n.file())
+	killpoint.At(killpoint.AgentAsideRenaming)
 	err := os.Rename(file, file+damagedSuffix)
+	killpoint.At(killpoint.AgentAsideRenamed)
 	if err == nil {
 		err = syncDir(filepath.Dir(file))
 	}

@@ -55,6 +55,10 @@ const (
 	AgentIdentityRecorded    Point = "agent/identity/recorded"
 	AgentNewLifeRecording    Point = "agent/new-life/recording" // another life of the host has taken its place
 	AgentNewLifeRecorded     Point = "agent/new-life/recorded"
+	AgentLostLifeRecording   Point = "agent/lost-life/recording" // its own records of the life before are damaged
+	AgentLostLifeRecorded    Point = "agent/lost-life/recorded"
+	AgentAsideRenaming       Point = "agent/aside/renaming" // a damaged record of a run
+	AgentAsideRenamed        Point = "agent/aside/renamed"
 	AgentManifestRenaming    Point = "agent/manifest/renaming"
 	AgentManifestRenamed     Point = "agent/manifest/renamed"
 	AgentCheckpointRecording Point = "agent/checkpoint/recording" // which checkpoint a dump is going to open
@@ -107,6 +111,8 @@ var registered = []struct {
 	{AgentNonceRecording, nil}, {AgentNonceRecorded, nil},
 	{AgentIdentityRecording, nil}, {AgentIdentityRecorded, nil},
 	{AgentNewLifeRecording, nil}, {AgentNewLifeRecorded, nil},
+	{AgentLostLifeRecording, nil}, {AgentLostLifeRecorded, nil},
+	{AgentAsideRenaming, nil}, {AgentAsideRenamed, nil},
 	{AgentManifestRenaming, nil}, {AgentManifestRenamed, nil},
 	{AgentCheckpointRecording, nil}, {AgentCheckpointRecorded, nil},
 	{AgentUntakenRecording, nil}, {AgentUntakenRecorded, nil},
