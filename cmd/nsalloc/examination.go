@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/internal/agent"
 	"github.com/nsalloc/nsalloc/internal/agentconf"
 	"github.com/nsalloc/nsalloc/internal/hookconf"
 	"github.com/nsalloc/nsalloc/internal/kernelns"
@@ -40,6 +41,7 @@ func (e *examination) run(ctx context.Context) []checkup {
 		{"hook", e.hook},
 		{"other scripts", e.others},
 		{"agent config", e.agentConfig},
+		{"agent state", e.agentState},
 		{"agent", e.agentSocket},
 		{"hook socket", e.hookSocket},
 		{"server", e.serverHealth},
@@ -141,6 +143,48 @@ func (e *examination) agentConfig(context.Context) checkup {
 		return bad("mend it, the agent does not start with it; "+keys, "%s", seen)
 	}
 	return good("%s is there, and can be read", path)
+}
+
+// agentState reads the state directory as the agent does at its start: where that fails the agent is not
+// there to be asked.
+func (e *examination) agentState(context.Context) checkup {
+	s, err := agentconf.Load(e.root.path(criuhook.ConfigPath))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return skipped("the agent config does not say where it is")
+	}
+	if s.Host == "" {
+		if s.Host, err = os.Hostname(); err != nil {
+			return bad("set host in "+criuhook.ConfigPath, "%v", err)
+		}
+	}
+	dir := e.root.path(s.StateDir)
+	lost, err := agent.ExamineState(dir, s.Host)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return skipped("%s: nothing there yet; the agent makes it", dir)
+	case errors.Is(err, fs.ErrPermission):
+		return doubtful("run it again as root", "%v", err)
+	case err != nil:
+		seen, fix, _ := strings.Cut(err.Error(), "; ")
+		return bad(fix, "%s", seen)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return bad("look at the kernel's log", "%s: %v", dir, err)
+	}
+	switch {
+	case st.Flags&unix.ST_RDONLY != 0:
+		return bad("have it mounted writable again; the kernel's log says why it is not", "%s: its file system is read-only: hand-offs are vetoed", dir)
+	case st.Bavail == 0 || st.Files > 0 && st.Ffree == 0:
+		return bad("free space, or inodes, on its disk (df, df -i)", "%s: its disk is full: hand-offs are vetoed", dir)
+	case len(lost) > 0:
+		seen, fix, _ := strings.Cut(lost[0].Error(), "; ")
+		if more := len(lost) - 1; more > 0 {
+			seen += fmt.Sprintf(" (and %d more)", more)
+		}
+		return doubtful(fix, "%s", seen)
+	}
+	return good("%s is host %s's, and can be read", dir, s.Host)
 }
 
 func (e *examination) agentSocket(ctx context.Context) checkup {
