@@ -38,7 +38,7 @@ func (c *cli) checkpointList(ctx context.Context, p *client.Client, sandbox stri
 			return err
 		}
 	}
-	found, err := all(p.Checkpoints(ctx, of))
+	found, err := legible(c, p.Checkpoints(ctx, of))
 	if err != nil {
 		return err
 	}

@@ -133,11 +133,21 @@ func transportCause(msg string) string {
 func all[T any](list iter.Seq2[T, error]) (items []T, err error) {
 	for item, err := range list {
 		if err != nil {
-			return nil, err
+			return items, err
 		}
 		items = append(items, item)
 	}
 	return items, nil
+}
+
+// legible reads a list for a person to see: of what the server cannot read it says how much there is.
+func legible[T any](c *cli, list iter.Seq2[T, error]) ([]T, error) {
+	items, err := all(list)
+	if errors.Is(err, client.ErrIncomplete) {
+		c.warn("%v", err)
+		return items, nil
+	}
+	return items, err
 }
 
 // parseSerial reads a serial argument. Only a bare counter needs to know the pool's generation.

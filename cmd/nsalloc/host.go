@@ -32,7 +32,7 @@ has been up for a year has joined a year ago.`,
 }
 
 func (c *cli) hostList(ctx context.Context, p *client.Client) error {
-	found, err := all(p.Hosts(ctx))
+	found, err := legible(c, p.Hosts(ctx))
 	if err != nil {
 		return err
 	}

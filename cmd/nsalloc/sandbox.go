@@ -59,7 +59,7 @@ func (c *cli) sandboxList(ctx context.Context, p *client.Client, f sandboxFilter
 		}
 		filter.States = append(filter.States, s)
 	}
-	found, err := all(p.Sandboxes(ctx, filter))
+	found, err := legible(c, p.Sandboxes(ctx, filter))
 	if err != nil {
 		return err
 	}

@@ -24,9 +24,13 @@ func (s allocator) Allocate(ctx context.Context, req *nsallocv1.AllocateRequest)
 
 func (s allocator) GetPool(ctx context.Context, _ *nsallocv1.GetPoolRequest) (*nsallocv1.GetPoolResponse, error) {
 	var pool *alloc.Pool
-	rev, err := s.view.read(ctx, false, func(ix *index) error { pool = ix.pool; return nil })
+	var unreadable uint64
+	rev, err := s.view.read(ctx, false, func(ix *index) error {
+		pool, unreadable = ix.pool, uint64(len(ix.unreadable)) // without pool and counter, or there is no answer
+		return nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	return &nsallocv1.GetPoolResponse{Pool: wire.PoolToWire(pool), Revision: int64(rev)}, nil
+	return &nsallocv1.GetPoolResponse{Pool: wire.PoolToWire(pool), Revision: int64(rev), Unreadable: unreadable}, nil
 }

@@ -100,7 +100,11 @@ func (s handoff) Find(ctx context.Context, req *nsallocv1.FindRequest) (*nsalloc
 			serial = ix.byRun[req.GetRunId()]
 		}
 		if found = ix.checkpoints[serial]; found == nil {
-			return &alloc.Error{Reason: alloc.ReasonCheckpointNotFound, Subject: about, Msg: "the pool has no such checkpoint", Fix: "check that the images are of this pool"}
+			notFound := &alloc.Error{Reason: alloc.ReasonCheckpointNotFound, Subject: about, Msg: "the pool has no such checkpoint", Fix: "check that the images are of this pool"}
+			if req.GetRunId() != "" {
+				return ix.hidden(notFound, alloc.KindCheckpoint)
+			}
+			return ix.missing(notFound, alloc.CheckpointKey(serial))
 		}
 		return nil
 	})
@@ -121,6 +125,7 @@ func (s handoff) ListCheckpoints(ctx context.Context, req *nsallocv1.ListCheckpo
 	}
 	resp := &nsallocv1.ListCheckpointsResponse{}
 	rev, err := s.view.read(ctx, false, func(ix *index) error {
+		resp.Unreadable = ix.unread[alloc.KindCheckpoint]
 		list := ix.cpOrder
 		if req.GetSandbox() != 0 {
 			list = ix.cpsOf[alloc.Serial(req.GetSandbox())]

@@ -60,7 +60,8 @@ func (s hosts) Get(ctx context.Context, req *nsallocv1.HostsGetRequest) (*nsallo
 	var host *alloc.Host
 	rev, err := s.view.read(ctx, false, func(ix *index) error {
 		if host = ix.hosts[req.GetName()]; host == nil {
-			return &alloc.Error{Reason: alloc.ReasonHostUnknown, Subject: "host " + req.GetName(), Msg: "the pool does not know it", Fix: "start its nsalloc-agent, which says Hello first"}
+			return ix.missing(&alloc.Error{Reason: alloc.ReasonHostUnknown, Subject: "host " + req.GetName(), Msg: "the pool does not know it",
+				Fix: "start its nsalloc-agent, which says Hello first"}, alloc.HostKey(req.GetName()))
 		}
 		return nil
 	})
@@ -80,7 +81,9 @@ func (s hosts) List(ctx context.Context, req *nsallocv1.HostsListRequest) (*nsal
 		return nil, err
 	}
 	var found []*alloc.Host
+	var unreadable uint64
 	rev, err := s.view.read(ctx, false, func(ix *index) error {
+		unreadable = ix.unread[alloc.KindHost]
 		at, there := slices.BinarySearch(ix.hostOrder, after)
 		if there {
 			at++
@@ -93,7 +96,7 @@ func (s hosts) List(ctx context.Context, req *nsallocv1.HostsListRequest) (*nsal
 	if err != nil {
 		return nil, err
 	}
-	resp := &nsallocv1.HostsListResponse{Revision: int64(rev)}
+	resp := &nsallocv1.HostsListResponse{Revision: int64(rev), Unreadable: unreadable}
 	bytes := 0
 	for i, h := range found {
 		if i == size || bytes > maxPageBytes {

@@ -36,6 +36,11 @@ type index struct {
 	hosts     map[string]*alloc.Host
 	hostOrder []string
 
+	// unreadable has what is in none of the above, with why. sandboxes and checkpoints that become
+	// unreadable leave all indexes.
+	unreadable map[alloc.Key]error
+	unread     map[alloc.Kind]uint64 // how many of a kind
+
 	texts map[string]string // one copy of each owner and boot id; the writer's alone
 
 	placesMu sync.RWMutex
@@ -64,14 +69,15 @@ func newIndex() *index {
 	return &index{
 		bySerial: map[alloc.Serial]*entry{}, byKernel: map[kernelKey]*entry{}, owners: map[string][]*entry{},
 		checkpoints: map[alloc.Serial]*alloc.Checkpoint{}, cpsOf: map[alloc.Serial][]alloc.Serial{}, byRun: map[string]alloc.Serial{},
-		hosts: map[string]*alloc.Host{}, places: map[place]uint32{}, texts: map[string]string{},
+		hosts: map[string]*alloc.Host{}, unreadable: map[alloc.Key]error{}, unread: map[alloc.Kind]uint64{}, places: map[place]uint32{}, texts: map[string]string{},
 	}
 }
 
 // update is one change, with all the work done that needs no lock.
 type update struct {
 	key    alloc.Key
-	record alloc.Record // nil: deleted
+	record alloc.Record // nil: deleted, or err says why it cannot be read
+	err    error
 	// Of a sandbox:
 	next     entry
 	bindings []alloc.Serial // the old record's when it was deleted
@@ -79,15 +85,16 @@ type update struct {
 	live     []kernelKey    // the new record's
 }
 
-// prepare is called by the writer, without the lock.
-func (ix *index) prepare(key alloc.Key, record alloc.Record) (update, error) {
-	u := update{key: key, record: record}
+// prepare is called by the writer, without the lock. unreadable is why there is no record where there is
+// a value.
+func (ix *index) prepare(key alloc.Key, record alloc.Record, unreadable error) (update, error) {
+	u := update{key: key, record: record, err: unreadable}
 	if key.Kind != alloc.KindSandbox {
 		return u, nil
 	}
 	var serial alloc.Serial
 	if err := serial.UnmarshalText([]byte(key.ID)); err != nil {
-		return u, err
+		return u, nil // no record is under such a key; a value there is unreadable
 	}
 	if old := ix.bySerial[serial]; old != nil && old.serial == serial && (onHost(old.state) || record == nil) {
 		msg, err := old.unpack()
@@ -117,6 +124,7 @@ func (ix *index) prepare(key alloc.Key, record alloc.Record) (update, error) {
 
 // apply is called by the writer, with the lock.
 func (ix *index) apply(u update) {
+	ix.applyUnreadable(u)
 	switch u.key.Kind {
 	case alloc.KindPool:
 		ix.pool, _ = u.record.(*alloc.Pool)
@@ -149,7 +157,9 @@ func (ix *index) applyHost(u update) {
 
 func (ix *index) applySandbox(u update) {
 	var serial alloc.Serial
-	_ = serial.UnmarshalText([]byte(u.key.ID)) // prepare has read it
+	if serial.UnmarshalText([]byte(u.key.ID)) != nil {
+		return
+	}
 	e := ix.bySerial[serial]
 	for _, k := range u.gone {
 		if ix.byKernel[k] == e {

@@ -89,12 +89,13 @@ var (
 	descLag      = prometheus.NewDesc("nsalloc_view_lag_revisions", "How far the view was behind the store's newest known revision.", nil, nil)
 	descLoads    = prometheus.NewDesc("nsalloc_view_loads_total", "How often the whole store was read.", nil, nil)
 	descRecords  = prometheus.NewDesc("nsalloc_view_records", "Records in the view.", []string{"kind"}, nil)
+	descUnread   = prometheus.NewDesc("nsalloc_view_unreadable_records", "Records that cannot be read and are left out of the view; the log names them.", []string{"kind"}, nil)
 	descCounter  = prometheus.NewDesc("nsalloc_pool_counter", "The next free counter of the pool's generation.", nil, nil)
 	descGen      = prometheus.NewDesc("nsalloc_pool_generation", "The pool's generation.", nil, nil)
 )
 
 func (viewCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descLoaded, descRevision, descLag, descLoads, descRecords, descCounter, descGen} {
+	for _, d := range []*prometheus.Desc{descLoaded, descRevision, descLag, descLoads, descRecords, descUnread, descCounter, descGen} {
 		ch <- d
 	}
 }
@@ -117,6 +118,9 @@ func (c viewCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge(descRecords, float64(len(c.v.ix.bySerial)-len(c.v.ix.order)), "namespace")
 	gauge(descRecords, float64(len(c.v.ix.checkpoints)), "checkpoint")
 	gauge(descRecords, float64(len(c.v.ix.hosts)), "host")
+	for _, kind := range []alloc.Kind{alloc.KindPool, alloc.KindCounter, alloc.KindHost, alloc.KindSandbox, alloc.KindCheckpoint} {
+		gauge(descUnread, float64(c.v.ix.unread[kind]), string(kind))
+	}
 	if c.v.ix.counter != nil {
 		gauge(descCounter, float64(c.v.ix.counter.Next))
 	}

@@ -51,8 +51,10 @@ func (s sandboxes) Get(ctx context.Context, req *nsallocv1.SandboxesGetRequest) 
 		if resp.Sandbox, err = e.unpack(); err != nil {
 			return err
 		}
-		resp.Checkpoint = wire.CheckpointToWire(ix.checkpoints[alloc.Serial(resp.Sandbox.GetCheckpoint())])
-		return nil
+		current := alloc.Serial(resp.Sandbox.GetCheckpoint())
+		resp.Checkpoint = wire.CheckpointToWire(ix.checkpoints[current])
+		// One that cannot be read is not none: an agent would take the dump for one that was never recorded.
+		return ix.missing(nil, alloc.CheckpointKey(current))
 	})
 	if err != nil {
 		return nil, err
@@ -73,8 +75,13 @@ func question(req *nsallocv1.SandboxesGetRequest) (func(*index) (*entry, error),
 			if e := ix.sandbox(serial); e != nil {
 				return e, nil
 			}
-			return nil, &alloc.Error{Reason: alloc.ReasonSerialNotFound, Subject: "serial " + serial.String(),
+			notFound := &alloc.Error{Reason: alloc.ReasonSerialNotFound, Subject: "serial " + serial.String(),
 				Msg: "no sandbox, namespace or checkpoint of this pool has it", Fix: "check its digits, and that it is of this pool"}
+			keys := []alloc.Key{alloc.SandboxKey(serial), alloc.CheckpointKey(serial)}
+			if c := ix.checkpoints[serial]; c != nil {
+				keys = append(keys, alloc.SandboxKey(c.Sandbox))
+			}
+			return nil, ix.missing(ix.hidden(notFound, alloc.KindSandbox), keys...)
 		}, nil
 	case *nsallocv1.SandboxesGetRequest_Namespace:
 		ns := by.Namespace
@@ -95,9 +102,9 @@ func question(req *nsallocv1.SandboxesGetRequest) (func(*index) (*entry, error),
 			if e := ix.namespace(ns.GetHost(), ns.GetType(), ns.GetKernel()); e != nil {
 				return e, nil
 			}
-			return nil, &alloc.Error{Reason: alloc.ReasonSerialNotFound,
+			return nil, ix.hidden(&alloc.Error{Reason: alloc.ReasonSerialNotFound,
 				Subject: fmt.Sprintf("%s namespace %s", t, wire.KernelIDFromWire(ns.GetKernel()).Key(t)),
-				Msg:     "no sandbox that is on host " + ns.GetHost() + " has it", Fix: "see `nsalloc ps` on that host"}
+				Msg:     "no sandbox that is on host " + ns.GetHost() + " has it", Fix: "see `nsalloc ps` on that host"}, alloc.KindSandbox)
 		}, nil
 	}
 	return nil, invalid("request", "it names neither a serial nor a namespace")
@@ -125,8 +132,10 @@ func (s sandboxes) List(ctx context.Context, req *nsallocv1.SandboxesListRequest
 		states[st] = true
 	}
 	var found []entry
+	var unreadable uint64
 	more := false
 	rev, err := s.view.read(ctx, req.GetLinearizable(), func(ix *index) error {
+		unreadable = ix.unread[alloc.KindSandbox]
 		list := ix.order
 		if req.GetOwner() != "" {
 			list = ix.owners[req.GetOwner()]
@@ -151,7 +160,7 @@ func (s sandboxes) List(ctx context.Context, req *nsallocv1.SandboxesListRequest
 	if err != nil {
 		return nil, err
 	}
-	resp := &nsallocv1.SandboxesListResponse{Revision: int64(rev)}
+	resp := &nsallocv1.SandboxesListResponse{Revision: int64(rev), Unreadable: unreadable}
 	for _, e := range found {
 		sb, err := e.unpack()
 		if err != nil {

@@ -24,11 +24,14 @@ const (
 // view is the pool's records in memory, fed by one watch: what reads are answered from.
 //
 //	loading --all pages at one revision--> following --the stream broke--> following again, from there
-//	following --the revision is compacted, or what came cannot be read--> loading
+//	following --the revision is compacted--> loading
 //
 // While it follows, and also while its stream is broken, reads are answered with the revision that
 // they reflect; a linearizable one asks the store first and waits for that revision. While it loads
 // there is no answer: why it loads again is that what it held may never have been.
+//
+// A record that cannot be read is left out of every list, and is never taken for absent: who asks for it
+// gets its error (index.unreadable). When it changes or is deleted, the view follows as always.
 type view struct {
 	store alloc.Store
 	log   *slog.Logger
@@ -43,6 +46,8 @@ type view struct {
 
 	loads int // guarded by mu
 
+	told map[alloc.Key]string // run's: the records that cannot be read and were logged, with the error
+
 	newest atomic.Int64 // the highest revision that Sync has answered
 
 	first   chan struct{} // closed when it was loaded once
@@ -50,7 +55,7 @@ type view struct {
 }
 
 func newView(store alloc.Store, log *slog.Logger) *view {
-	return &view{store: store, log: log, ix: newIndex(), first: make(chan struct{}), changed: make(chan struct{}, 1)}
+	return &view{store: store, log: log, ix: newIndex(), told: map[alloc.Key]string{}, first: make(chan struct{}), changed: make(chan struct{}, 1)}
 }
 
 var errBack = errors.New("the store answers from before what it has said: it was put back")
@@ -109,7 +114,7 @@ func (v *view) follow(ctx context.Context) error {
 		err = cause
 	}
 	// A store that was only away is watched again from where we are. Anything else, such as a revision
-	// that it has no more or a record that cannot be read, puts what we hold in doubt.
+	// that it has no more, puts what we hold in doubt.
 	if alloc.ReasonOf(err) != alloc.ReasonUnavailable {
 		v.lost(err)
 	}
@@ -122,13 +127,10 @@ func (v *view) load(ctx context.Context) (alloc.Revision, error) {
 	ix := newIndex()
 	put := func(entries []alloc.Entry) error {
 		for _, e := range entries {
-			if e.Err != nil {
-				return e.Err
-			}
-			if e.Record == nil {
+			if e.Record == nil && e.Err == nil {
 				continue
 			}
-			u, err := ix.prepare(e.Key, e.Record)
+			u, err := ix.prepare(e.Key, e.Record, e.Err)
 			if err != nil {
 				return err
 			}
@@ -188,6 +190,7 @@ func (v *view) load(ctx context.Context) (alloc.Revision, error) {
 		close(v.first)
 	}
 	v.poke()
+	v.tellAllUnreadable()
 	v.log.InfoContext(ctx, "the view of the store is loaded", "revision", rev, "pool", poolName(ix.pool), "hosts", len(ix.hosts),
 		"sandboxes", len(ix.order), "checkpoints", len(ix.checkpoints), "took", time.Since(began).Round(time.Millisecond))
 	return rev, nil
@@ -205,15 +208,12 @@ func (v *view) apply(rev alloc.Revision, changes []alloc.Change) error {
 	updates := make([]update, 0, len(changes))
 	poke := false
 	for _, c := range changes {
-		if c.Err != nil {
-			return c.Err
-		}
-		u, err := v.ix.prepare(c.Key, c.Record) // reading ix needs no lock here: this is its writer
+		u, err := v.ix.prepare(c.Key, c.Record, c.Err) // reading ix needs no lock here: this is its writer
 		if err != nil {
 			return err
 		}
 		updates = append(updates, u)
-		poke = poke || c.Key.Kind == alloc.KindPool
+		poke = poke || c.Key.Kind == alloc.KindPool || c.Key.Kind == alloc.KindCounter && (c.Err != nil || v.ix.unreadable[c.Key] != nil)
 	}
 	v.mu.Lock()
 	for _, u := range updates {
@@ -222,6 +222,7 @@ func (v *view) apply(rev alloc.Revision, changes []alloc.Change) error {
 	v.rev = rev
 	v.wake()
 	v.mu.Unlock()
+	v.tellUnreadable(changes)
 	if poke {
 		v.poke()
 	}
@@ -270,6 +271,10 @@ func (v *view) read(ctx context.Context, linearizable bool, ask func(*index) err
 // usable says why there is no answer. The caller holds mu.
 func (v *view) usable() error {
 	switch r := alloc.ReasonOf(v.trouble); {
+	case v.loaded && v.ix.unreadable[alloc.Key{Kind: alloc.KindPool}] != nil:
+		return v.ix.unreadable[alloc.Key{Kind: alloc.KindPool}]
+	case v.loaded && v.ix.unreadable[alloc.Key{Kind: alloc.KindCounter}] != nil:
+		return v.ix.unreadable[alloc.Key{Kind: alloc.KindCounter}]
 	case v.loaded && v.ix.pool == nil:
 		return &alloc.Error{Reason: alloc.ReasonPoolMissing, Msg: "the store holds no pool",
 			Fix: "check that it is the right etcd and pool name; create a new pool with: nsalloc pool init"}

@@ -2,6 +2,8 @@ package client
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"iter"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
@@ -56,16 +58,22 @@ type Filter struct {
 	Linearizable bool
 }
 
-// Sandboxes lists sandboxes in the order of their serials. An error is the last thing that it yields.
+// ErrIncomplete is at the bottom of the error that ends a listing when the server left out records that it
+// cannot read. All others were yielded before. Who acts on what is absent must not; who only shows may go
+// on and say so.
+var ErrIncomplete = errors.New("the listing is incomplete")
+
+// Sandboxes lists sandboxes in the order of their serials. An error is the last thing that it yields;
+// see ErrIncomplete.
 func (c *Client) Sandboxes(ctx context.Context, f Filter) iter.Seq2[*alloc.Sandbox, error] {
 	req := &nsallocv1.SandboxesListRequest{Owner: f.Owner, PageSize: pageSize, Linearizable: f.Linearizable}
 	for _, s := range f.States {
 		req.States = append(req.States, wire.SandboxStateToWire(s))
 	}
-	return pages(func(token string) ([]*nsallocv1.Sandbox, string, error) {
+	return pages("sandboxes", func(token string) ([]*nsallocv1.Sandbox, string, uint64, error) {
 		req.PageToken = token
 		resp, err := c.sandboxes.List(ctx, req)
-		return resp.GetSandboxes(), resp.GetNextPageToken(), err
+		return resp.GetSandboxes(), resp.GetNextPageToken(), resp.GetUnreadable(), err
 	}, wire.SandboxFromWire)
 }
 
@@ -83,9 +91,9 @@ func (c *Client) CheckpointByRun(ctx context.Context, runID string) (*alloc.Chec
 
 // Checkpoints lists checkpoints in the order of their serials; of one sandbox, or of all for 0.
 func (c *Client) Checkpoints(ctx context.Context, sandbox alloc.Serial) iter.Seq2[*alloc.Checkpoint, error] {
-	return pages(func(token string) ([]*nsallocv1.Checkpoint, string, error) {
+	return pages("checkpoints", func(token string) ([]*nsallocv1.Checkpoint, string, uint64, error) {
 		resp, err := c.handoff.ListCheckpoints(ctx, &nsallocv1.ListCheckpointsRequest{Sandbox: uint64(sandbox), PageSize: pageSize, PageToken: token})
-		return resp.GetCheckpoints(), resp.GetNextPageToken(), err
+		return resp.GetCheckpoints(), resp.GetNextPageToken(), resp.GetUnreadable(), err
 	}, wire.CheckpointFromWire)
 }
 
@@ -97,16 +105,17 @@ func (c *Client) Host(ctx context.Context, name string) (*alloc.Host, error) {
 
 // Hosts lists hosts in the order of their names.
 func (c *Client) Hosts(ctx context.Context) iter.Seq2[*alloc.Host, error] {
-	return pages(func(token string) ([]*nsallocv1.Host, string, error) {
+	return pages("hosts", func(token string) ([]*nsallocv1.Host, string, uint64, error) {
 		resp, err := c.hosts.List(ctx, &nsallocv1.HostsListRequest{PageSize: pageSize, PageToken: token})
-		return resp.GetHosts(), resp.GetNextPageToken(), err
+		return resp.GetHosts(), resp.GetNextPageToken(), resp.GetUnreadable(), err
 	}, wire.HostFromWire)
 }
 
-func pages[P, D any](page func(token string) ([]*P, string, error), convert func(*P) *D) iter.Seq2[*D, error] {
+// pages yields page after page. The last page's count of what was left out is the one that holds.
+func pages[P, D any](what string, page func(token string) ([]*P, string, uint64, error), convert func(*P) *D) iter.Seq2[*D, error] {
 	return func(yield func(*D, error) bool) {
 		for token := ""; ; {
-			items, next, err := page(token)
+			items, next, unreadable, err := page(token)
 			if err != nil {
 				yield(nil, err)
 				return
@@ -117,6 +126,11 @@ func pages[P, D any](page func(token string) ([]*P, string, error), convert func
 				}
 			}
 			if next == "" || next == token {
+				if unreadable > 0 {
+					yield(nil, &alloc.Error{Reason: alloc.ReasonMalformed, Subject: what, Err: ErrIncomplete,
+						Msg: fmt.Sprintf("%d of the pool cannot be read by this server and are left out", unreadable),
+						Fix: "nsalloc check names them and what to do"})
+				}
 				return
 			}
 			token = next

@@ -165,7 +165,9 @@ type GetPoolResponse struct {
 	// The pool.
 	Pool *Pool `protobuf:"bytes,1,opt,name=pool,proto3" json:"pool,omitempty"`
 	// The store's revision that this answer reflects.
-	Revision      int64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	Revision int64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// How many records of the pool, of any kind that is listed, this server cannot read: `nsalloc check` names them.
+	Unreadable    uint64 `protobuf:"varint,3,opt,name=unreadable,proto3" json:"unreadable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -214,6 +216,13 @@ func (x *GetPoolResponse) GetRevision() int64 {
 	return 0
 }
 
+func (x *GetPoolResponse) GetUnreadable() uint64 {
+	if x != nil {
+		return x.Unreadable
+	}
+	return 0
+}
+
 var File_nsalloc_v1_allocator_proto protoreflect.FileDescriptor
 
 const file_nsalloc_v1_allocator_proto_rawDesc = "" +
@@ -226,10 +235,13 @@ const file_nsalloc_v1_allocator_proto_rawDesc = "" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\"=\n" +
 	"\x10AllocateResponse\x12)\n" +
 	"\x06ranges\x18\x01 \x03(\v2\x11.nsalloc.v1.RangeR\x06ranges\"\x10\n" +
-	"\x0eGetPoolRequest\"S\n" +
+	"\x0eGetPoolRequest\"s\n" +
 	"\x0fGetPoolResponse\x12$\n" +
 	"\x04pool\x18\x01 \x01(\v2\x10.nsalloc.v1.PoolR\x04pool\x12\x1a\n" +
-	"\brevision\x18\x02 \x01(\x03R\brevision2\x96\x01\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x1e\n" +
+	"\n" +
+	"unreadable\x18\x03 \x01(\x04R\n" +
+	"unreadable2\x96\x01\n" +
 	"\tAllocator\x12E\n" +
 	"\bAllocate\x12\x1b.nsalloc.v1.AllocateRequest\x1a\x1c.nsalloc.v1.AllocateResponse\x12B\n" +
 	"\aGetPool\x12\x1a.nsalloc.v1.GetPoolRequest\x1a\x1b.nsalloc.v1.GetPoolResponseB;Z9github.com/nsalloc/nsalloc/api/proto/nsalloc/v1;nsallocv1b\x06proto3"

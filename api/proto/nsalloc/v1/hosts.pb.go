@@ -441,7 +441,9 @@ type HostsListResponse struct {
 	// Empty on the last page.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	// The store's revision that this answer reflects.
-	Revision      int64 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	Revision int64 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	// How many hosts of the pool this server cannot read and leaves out.
+	Unreadable    uint64 `protobuf:"varint,4,opt,name=unreadable,proto3" json:"unreadable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -497,6 +499,13 @@ func (x *HostsListResponse) GetRevision() int64 {
 	return 0
 }
 
+func (x *HostsListResponse) GetUnreadable() uint64 {
+	if x != nil {
+		return x.Unreadable
+	}
+	return 0
+}
+
 var File_nsalloc_v1_hosts_proto protoreflect.FileDescriptor
 
 const file_nsalloc_v1_hosts_proto_rawDesc = "" +
@@ -532,11 +541,14 @@ const file_nsalloc_v1_hosts_proto_rawDesc = "" +
 	"\x10HostsListRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
-	"page_token\x18\x02 \x01(\tR\tpageToken\"\x7f\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\"\x9f\x01\n" +
 	"\x11HostsListResponse\x12&\n" +
 	"\x05hosts\x18\x01 \x03(\v2\x10.nsalloc.v1.HostR\x05hosts\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12\x1a\n" +
-	"\brevision\x18\x03 \x01(\x03R\brevision2\x8a\x02\n" +
+	"\brevision\x18\x03 \x01(\x03R\brevision\x12\x1e\n" +
+	"\n" +
+	"unreadable\x18\x04 \x01(\x04R\n" +
+	"unreadable2\x8a\x02\n" +
 	"\x05Hosts\x12<\n" +
 	"\x05Hello\x12\x18.nsalloc.v1.HelloRequest\x1a\x19.nsalloc.v1.HelloResponse\x12<\n" +
 	"\x05Grant\x12\x18.nsalloc.v1.GrantRequest\x1a\x19.nsalloc.v1.GrantResponse\x12@\n" +

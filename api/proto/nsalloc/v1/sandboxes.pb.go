@@ -815,7 +815,10 @@ type SandboxesListResponse struct {
 	// Empty on the last page.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	// The store's revision that this answer reflects.
-	Revision      int64 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	Revision int64 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	// How many sandboxes of the pool, of any owner and state, this server cannot read and leaves out; who acts on
+	// what is absent must not, while this is not 0.
+	Unreadable    uint64 `protobuf:"varint,4,opt,name=unreadable,proto3" json:"unreadable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -867,6 +870,13 @@ func (x *SandboxesListResponse) GetNextPageToken() string {
 func (x *SandboxesListResponse) GetRevision() int64 {
 	if x != nil {
 		return x.Revision
+	}
+	return 0
+}
+
+func (x *SandboxesListResponse) GetUnreadable() uint64 {
+	if x != nil {
+		return x.Unreadable
 	}
 	return 0
 }
@@ -935,11 +945,14 @@ const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"\tpage_size\x18\x03 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
 	"page_token\x18\x04 \x01(\tR\tpageToken\x12\"\n" +
-	"\flinearizable\x18\x05 \x01(\bR\flinearizable\"\x8e\x01\n" +
+	"\flinearizable\x18\x05 \x01(\bR\flinearizable\"\xae\x01\n" +
 	"\x15SandboxesListResponse\x121\n" +
 	"\tsandboxes\x18\x01 \x03(\v2\x13.nsalloc.v1.SandboxR\tsandboxes\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12\x1a\n" +
-	"\brevision\x18\x03 \x01(\x03R\brevision2\xf7\x02\n" +
+	"\brevision\x18\x03 \x01(\x03R\brevision\x12\x1e\n" +
+	"\n" +
+	"unreadable\x18\x04 \x01(\x04R\n" +
+	"unreadable2\xf7\x02\n" +
 	"\tSandboxes\x12E\n" +
 	"\bRegister\x12\x1b.nsalloc.v1.RegisterRequest\x1a\x1c.nsalloc.v1.RegisterResponse\x126\n" +
 	"\x03End\x12\x16.nsalloc.v1.EndRequest\x1a\x17.nsalloc.v1.EndResponse\x12H\n" +

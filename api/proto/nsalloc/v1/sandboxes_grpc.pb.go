@@ -58,14 +58,16 @@ type SandboxesClient interface {
 	// Get finds one sandbox by its own serial, by a namespace's, or by a live namespace's kernel id.
 	//
 	// Callers: anyone. Answers from the server's view of the store, which may be moments behind, unless
-	// linearizable is set. Errors: SERIAL_NOT_FOUND (NOT_FOUND).
+	// linearizable is set. Errors: SERIAL_NOT_FOUND (NOT_FOUND); RECORD_MALFORMED or FORMAT_UNSUPPORTED when its
+	// record, or that of its current checkpoint, cannot be read, and also when no other sandbox has the
+	// serial or the namespace and one cannot be read that may have it.
 	Get(ctx context.Context, in *SandboxesGetRequest, opts ...grpc.CallOption) (*SandboxesGetResponse, error)
 	// List reads sandboxes in the order of their serials. Callers: anyone.
 	List(ctx context.Context, in *SandboxesListRequest, opts ...grpc.CallOption) (*SandboxesListResponse, error)
 	// History reads the stints of one sandbox from the first on, also those that have moved out of its
 	// record: that keeps the last 32.
 	//
-	// Callers: anyone. Errors: SANDBOX_NOT_FOUND, UNAVAILABLE (older stints are read from the store itself).
+	// Callers: anyone. Errors: SANDBOX_NOT_FOUND, RECORD_MALFORMED, FORMAT_UNSUPPORTED, UNAVAILABLE (older stints are read from the store itself).
 	History(ctx context.Context, in *SandboxesHistoryRequest, opts ...grpc.CallOption) (*SandboxesHistoryResponse, error)
 }
 
@@ -159,14 +161,16 @@ type SandboxesServer interface {
 	// Get finds one sandbox by its own serial, by a namespace's, or by a live namespace's kernel id.
 	//
 	// Callers: anyone. Answers from the server's view of the store, which may be moments behind, unless
-	// linearizable is set. Errors: SERIAL_NOT_FOUND (NOT_FOUND).
+	// linearizable is set. Errors: SERIAL_NOT_FOUND (NOT_FOUND); RECORD_MALFORMED or FORMAT_UNSUPPORTED when its
+	// record, or that of its current checkpoint, cannot be read, and also when no other sandbox has the
+	// serial or the namespace and one cannot be read that may have it.
 	Get(context.Context, *SandboxesGetRequest) (*SandboxesGetResponse, error)
 	// List reads sandboxes in the order of their serials. Callers: anyone.
 	List(context.Context, *SandboxesListRequest) (*SandboxesListResponse, error)
 	// History reads the stints of one sandbox from the first on, also those that have moved out of its
 	// record: that keeps the last 32.
 	//
-	// Callers: anyone. Errors: SANDBOX_NOT_FOUND, UNAVAILABLE (older stints are read from the store itself).
+	// Callers: anyone. Errors: SANDBOX_NOT_FOUND, RECORD_MALFORMED, FORMAT_UNSUPPORTED, UNAVAILABLE (older stints are read from the store itself).
 	History(context.Context, *SandboxesHistoryRequest) (*SandboxesHistoryResponse, error)
 	mustEmbedUnimplementedSandboxesServer()
 }
