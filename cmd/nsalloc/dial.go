@@ -113,7 +113,8 @@ func (to peer) explain(ctx context.Context, method string, req, reply any, cc *g
 		return fail(exitUnavailable, "no %s answers at %s: %s; start %s, try things with `nsalloc dev`, or name another with --%s",
 			to.what, to.address, transportCause(s.Message()), daemonOf[to.what], to.what)
 	case s.Code() == codes.Unimplemented:
-		return fail(exitError, "the %s at %s does not know this call (%s); install nsalloc, nsalloc-server and nsalloc-agent of one release", to.what, to.address, s.Message())
+		return &failure{code: exitError, cause: err, message: fmt.Sprintf(
+			"the %s at %s does not know this call (%s); install nsalloc, nsalloc-server and nsalloc-agent of one release", to.what, to.address, s.Message())}
 	}
 	return err
 }

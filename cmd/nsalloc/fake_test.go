@@ -31,6 +31,9 @@ type fake struct {
 
 	away   bool // the agent does not reach its pool
 	fenced bool // another agent has said Hello in its name
+
+	history    []*nsallocv1.Stint // of every sandbox; nil: the server does not have the call
+	unreadable uint64             // of each kind
 }
 
 type records struct {
@@ -129,7 +132,7 @@ func (f fakeSandboxes) List(_ context.Context, r *nsallocv1.SandboxesListRequest
 		}
 	}
 	some, next := page(all, r.PageToken)
-	return &nsallocv1.SandboxesListResponse{Sandboxes: some, NextPageToken: next, Revision: 42}, nil
+	return &nsallocv1.SandboxesListResponse{Sandboxes: some, NextPageToken: next, Revision: 42, Unreadable: f.unreadable}, nil
 }
 
 func (f fakeHosts) Get(ctx context.Context, r *nsallocv1.HostsGetRequest) (*nsallocv1.HostsGetResponse, error) {
@@ -155,7 +158,7 @@ func (f fakeHosts) Get(ctx context.Context, r *nsallocv1.HostsGetRequest) (*nsal
 
 func (f fakeHosts) List(_ context.Context, r *nsallocv1.HostsListRequest) (*nsallocv1.HostsListResponse, error) {
 	some, next := page(f.hosts, r.PageToken)
-	return &nsallocv1.HostsListResponse{Hosts: some, NextPageToken: next, Revision: 42}, nil
+	return &nsallocv1.HostsListResponse{Hosts: some, NextPageToken: next, Revision: 42, Unreadable: f.unreadable}, nil
 }
 
 func (f fakeHandoff) Find(_ context.Context, r *nsallocv1.FindRequest) (*nsallocv1.FindResponse, error) {
@@ -175,7 +178,7 @@ func (f fakeHandoff) ListCheckpoints(_ context.Context, r *nsallocv1.ListCheckpo
 		}
 	}
 	some, next := page(all, r.PageToken)
-	return &nsallocv1.ListCheckpointsResponse{Checkpoints: some, NextPageToken: next, Revision: 42}, nil
+	return &nsallocv1.ListCheckpointsResponse{Checkpoints: some, NextPageToken: next, Revision: 42, Unreadable: f.unreadable}, nil
 }
 
 func (f *fake) Status(context.Context, *nsallocv1.StatusRequest) (*nsallocv1.StatusResponse, error) {

@@ -140,6 +140,9 @@ func (c *cli) sandboxGetCommand() *cobra.Command {
 				if found.Sandbox == nil {
 					return errMissing("sandbox")
 				}
+				if _, err := wholeHistory(ctx, p, found.Sandbox); err != nil {
+					return err
+				}
 				return c.printSandbox(found.Sandbox, found.Checkpoint, serial)
 			})
 		},

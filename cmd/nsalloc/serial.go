@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/client"
@@ -47,8 +49,21 @@ lay somewhere and nothing ran.`,
 	return cmd
 }
 
-// keptStints is how many stints a sandbox's record holds; older ones are not in the answer.
-const keptStints = 32
+// wholeHistory puts the stints into s that its record keeps no more. A server that is older than the call
+// has none to give; cut is true then.
+func wholeHistory(ctx context.Context, p *client.Client, s *alloc.Sandbox) (cut bool, err error) {
+	if len(s.Stints) > 0 && s.Stints[0].Began != alloc.BeganClaimed {
+		return false, nil // it begins with the sandbox's beginning
+	}
+	stints, err := all(p.History(ctx, s.Serial))
+	if status.Code(err) == codes.Unimplemented {
+		return true, nil
+	}
+	if err == nil {
+		s.Stints = stints
+	}
+	return false, err
+}
 
 func (c *cli) serialHistory(ctx context.Context, p *client.Client, serial alloc.Serial, at time.Time) error {
 	found, err := p.Sandbox(ctx, serial, true)
@@ -58,6 +73,10 @@ func (c *cli) serialHistory(ctx context.Context, p *client.Client, serial alloc.
 	s := found.Sandbox
 	if s == nil {
 		return errMissing("sandbox")
+	}
+	cut, err := wholeHistory(ctx, p, s)
+	if err != nil {
+		return err
 	}
 	kind, sentence := c.what(s, serial)
 	stints := s.Stints
@@ -97,8 +116,8 @@ func (c *cli) serialHistory(ctx context.Context, p *client.Client, serial alloc.
 	for _, st := range stints {
 		a.names = append(a.names, st.Host)
 	}
-	if len(s.Stints) >= keptStints && s.Stints[0].Epoch.String() != "1.1" {
-		a.after = "\n" + c.wrapped(fmt.Sprintf("The record keeps the last %d stints; there were earlier ones.", keptStints))
+	if cut {
+		a.after = "\n" + c.wrapped(fmt.Sprintf("These are the last %d stints; there were earlier ones, which a server of a newer version can tell.", len(s.Stints)))
 	}
 	return c.print(a)
 }

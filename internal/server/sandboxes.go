@@ -173,3 +173,24 @@ func (s sandboxes) List(ctx context.Context, req *nsallocv1.SandboxesListRequest
 	}
 	return resp, nil
 }
+
+// History is read from the store itself: the view holds the records, and older stints are none.
+func (s sandboxes) History(ctx context.Context, req *nsallocv1.SandboxesHistoryRequest) (*nsallocv1.SandboxesHistoryResponse, error) {
+	serial := alloc.Serial(req.GetSerial())
+	if !serial.Valid() {
+		return nil, invalid("serial", fmt.Sprintf("%d is out of range: generation and counter start at 1, the first bit is 0", req.GetSerial()))
+	}
+	limit := int(req.GetLimit())
+	if limit == 0 {
+		limit = alloc.MaxHistory
+	}
+	stints, rev, err := s.service.History(ctx, serial, alloc.Epoch(req.GetAfter()), limit)
+	if err != nil {
+		return nil, err
+	}
+	resp := &nsallocv1.SandboxesHistoryResponse{Revision: int64(rev)}
+	for _, st := range stints {
+		resp.Stints = append(resp.Stints, wire.StintToWire(st))
+	}
+	return resp, nil
+}

@@ -58,7 +58,7 @@ const (
 // repeated; every other method is a mutation.
 var reads = map[string][]string{
 	"nsalloc.v1.Allocator": {"GetPool"},
-	"nsalloc.v1.Sandboxes": {"Get", "List"},
+	"nsalloc.v1.Sandboxes": {"Get", "List", "History"},
 	"nsalloc.v1.Handoff":   {"Find", "ListCheckpoints"},
 	"nsalloc.v1.Hosts":     {"Get", "List"},
 	"nsalloc.v1.Agent":     {"Status", "ListNamespaces", "Identify", "ListRuns"},

@@ -77,6 +77,35 @@ func (c *Client) Sandboxes(ctx context.Context, f Filter) iter.Seq2[*alloc.Sandb
 	}, wire.SandboxFromWire)
 }
 
+// History lists all stints of a sandbox from the first on, also those that its record keeps no more. An
+// error is the last thing that it yields; UNIMPLEMENTED from a server that is older than the call.
+func (c *Client) History(ctx context.Context, sandbox alloc.Serial) iter.Seq2[alloc.Stint, error] {
+	return func(yield func(alloc.Stint, error) bool) {
+		req := &nsallocv1.SandboxesHistoryRequest{Serial: uint64(sandbox), Limit: alloc.MaxHistory}
+		for {
+			resp, err := c.sandboxes.History(ctx, req)
+			if err != nil {
+				yield(alloc.Stint{}, err)
+				return
+			}
+			page := resp.GetStints()
+			full := len(page) == int(req.Limit)
+			if full && page[len(page)-1].GetTo() == nil {
+				page = page[:len(page)-1] // it may be over by the time of the next page, which begins with it
+			}
+			for _, st := range page {
+				req.After = st.GetEpoch()
+				if !yield(wire.StintFromWire(st), nil) {
+					return
+				}
+			}
+			if !full {
+				return
+			}
+		}
+	}
+}
+
 // Checkpoint finds a checkpoint by its serial.
 func (c *Client) Checkpoint(ctx context.Context, serial alloc.Serial) (*alloc.Checkpoint, error) {
 	resp, err := c.handoff.Find(ctx, &nsallocv1.FindRequest{By: &nsallocv1.FindRequest_Serial{Serial: uint64(serial)}})

@@ -375,6 +375,7 @@ func testLongHistory(t *testing.T, p *Pool) {
 		h := bind(t, to, claim(t, to, transit(t, from, sb), run), run)
 		sb = &h.Sandbox
 	}
+	wholeHistory(t, p, sb, moves+1)
 	r, err := Everything(t.Context(), p.Store)
 	if err != nil {
 		t.Fatal(err)

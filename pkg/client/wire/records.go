@@ -113,16 +113,7 @@ func SandboxToWire(s *alloc.Sandbox) *nsallocv1.Sandbox {
 		Created:    timeToWire(s.Created),
 	}
 	for _, st := range s.Stints {
-		out.Stints = append(out.Stints, &nsallocv1.Stint{
-			Host:       st.Host,
-			Epoch:      uint64(st.Epoch),
-			From:       timeToWire(st.From),
-			To:         timeToWire(st.To),
-			Began:      stintBegans.value(st.Began),
-			Over:       stintOvers.value(st.Over),
-			Checkpoint: uint64(st.Checkpoint),
-			Actor:      st.Actor,
-		})
+		out.Stints = append(out.Stints, StintToWire(st))
 	}
 	if s.Claim != nil {
 		out.Claimant = ClaimantToWire(s.Claim.Claimant)
@@ -150,16 +141,7 @@ func SandboxFromWire(s *nsallocv1.Sandbox) *alloc.Sandbox {
 		Created:    timeFromWire(s.GetCreated()),
 	}
 	for _, st := range s.GetStints() {
-		out.Stints = append(out.Stints, alloc.Stint{
-			Host:       st.GetHost(),
-			Epoch:      alloc.Epoch(st.GetEpoch()),
-			From:       timeFromWire(st.GetFrom()),
-			To:         timeFromWire(st.GetTo()),
-			Began:      stintBegans.word(st.GetBegan()),
-			Over:       stintOvers.word(st.GetOver()),
-			Checkpoint: alloc.Serial(st.GetCheckpoint()),
-			Actor:      st.GetActor(),
-		})
+		out.Stints = append(out.Stints, StintFromWire(st))
 	}
 	if c := s.GetClaimant(); c != nil {
 		out.Claim = &alloc.Claim{Claimant: ClaimantFromWire(c)}
@@ -168,6 +150,34 @@ func SandboxFromWire(s *nsallocv1.Sandbox) *alloc.Sandbox {
 		out.Parent = &alloc.Parent{Sandbox: alloc.Serial(s.GetParent()), Checkpoint: alloc.Serial(s.GetParentCheckpoint())}
 	}
 	return out
+}
+
+// StintToWire converts a stint.
+func StintToWire(st alloc.Stint) *nsallocv1.Stint {
+	return &nsallocv1.Stint{
+		Host:       st.Host,
+		Epoch:      uint64(st.Epoch),
+		From:       timeToWire(st.From),
+		To:         timeToWire(st.To),
+		Began:      stintBegans.value(st.Began),
+		Over:       stintOvers.value(st.Over),
+		Checkpoint: uint64(st.Checkpoint),
+		Actor:      st.Actor,
+	}
+}
+
+// StintFromWire converts a stint.
+func StintFromWire(st *nsallocv1.Stint) alloc.Stint {
+	return alloc.Stint{
+		Host:       st.GetHost(),
+		Epoch:      alloc.Epoch(st.GetEpoch()),
+		From:       timeFromWire(st.GetFrom()),
+		To:         timeFromWire(st.GetTo()),
+		Began:      stintBegans.word(st.GetBegan()),
+		Over:       stintOvers.word(st.GetOver()),
+		Checkpoint: alloc.Serial(st.GetCheckpoint()),
+		Actor:      st.GetActor(),
+	}
 }
 
 // CheckpointToWire converts a checkpoint.
