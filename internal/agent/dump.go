@@ -118,6 +118,9 @@ func (a *Agent) numberDump(ctx context.Context, n *run, root kernelns.Process, p
 	case s.State != alloc.StateRunning:
 		return nil, fmt.Errorf("sandbox %s is %s: %w; try again in a moment, see: nsalloc sandbox get %s", s.Serial, s.State, errUnsettled, s.Serial)
 	}
+	if err := a.refuseStrays(ctx, n, s, root); err != nil {
+		return nil, err
+	}
 	n.rec.Sandbox, n.rec.Epoch = s.Serial, s.Epoch
 	return s, nil
 }
