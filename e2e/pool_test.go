@@ -4,20 +4,15 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"maps"
 	"path"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
-	"github.com/nsalloc/nsalloc/internal/kernelns"
 	"github.com/nsalloc/nsalloc/internal/testhost"
 	"github.com/nsalloc/nsalloc/internal/testpool"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/client"
-	"github.com/nsalloc/nsalloc/pkg/client/wire"
 )
 
 // settledIn is how long pool and processes may take to agree after a step.
@@ -59,6 +54,8 @@ type container struct {
 	id     string
 	bundle string
 	images string
+	// external are the types of namespaces that the container was handed in and that stay on each host.
+	external map[alloc.NamespaceType]bool
 }
 
 // container writes the bundle on every host and runs it on one.
@@ -136,8 +133,7 @@ type identified struct {
 	ofHost  bool
 }
 
-// identify asks the agent, and proves that it says of each namespace what the kernel says of the
-// process itself.
+// identify asks the agent about a container's first process; see identifyPID.
 func (c *container) identify(host, id string) namespaces {
 	c.p.t.Helper()
 	h := c.p.Host(host)
@@ -145,41 +141,7 @@ func (c *container) identify(host, id string) namespaces {
 	if err != nil {
 		c.p.t.Fatal(err)
 	}
-	a, err := c.p.Agent(host)
-	if err != nil {
-		c.p.t.Fatal(err)
-	}
-	resp, err := a.Identify(c.p.ctx(), &nsallocv1.IdentifyRequest{Pid: int32(pid)})
-	if err != nil {
-		c.p.t.Fatal(err)
-	}
-	outer, err := h.OuterPID(pid)
-	if err != nil {
-		c.p.t.Fatal(err)
-	}
-	kernel, err := kernelns.Open("/proc")
-	if err != nil {
-		c.p.t.Fatal(err)
-	}
-	ns := namespaces{}
-	for _, n := range resp.GetNamespaces() {
-		b := wire.BindingFromWire(n.GetBinding())
-		ns[b.Type] = identified{b.Serial, alloc.Serial(n.GetSandbox()), b.Kernel, b.Parent, n.GetOfHost()}
-		_, seen, err := kernel.ByPath(fmt.Sprintf("/proc/%d/ns/%s", outer, b.Type))
-		if err != nil {
-			c.p.t.Fatal(err)
-		}
-		if seen.ID != b.Kernel.ID || seen.Inode != b.Kernel.Inode {
-			c.p.t.Errorf("host %s, %s: the agent says kernel id %d inode %d, the process is in %d, %d", host, b.Type, b.Kernel.ID, b.Kernel.Inode, seen.ID, seen.Inode)
-		}
-		if b.Kernel.BootID != h.BootID() {
-			c.p.t.Errorf("host %s, %s: boot id %s, the host's is %s", host, b.Type, b.Kernel.BootID, h.BootID())
-		}
-	}
-	if len(ns) != len(alloc.NamespaceTypes()) {
-		c.p.t.Fatalf("host %s identifies %d namespaces of pid %d: %v", host, len(ns), pid, slices.Collect(maps.Keys(ns)))
-	}
-	return ns
+	return c.identifyPID(host, pid)
 }
 
 // sandbox is the sandbox that holds the container's mount namespace.

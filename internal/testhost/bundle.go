@@ -18,6 +18,16 @@ type BundleOptions struct {
 	// UserNS gives it a user namespace, in which its root is user UserNSBase
 	// of the host.
 	UserNS bool
+	// NetNS is the path of one of the host's network namespaces, made beforehand,
+	// as CNI hands one in; "" for a network namespace of its own.
+	NetNS string
+	// HostPID leaves it in the host's PID namespace.
+	HostPID bool
+	// Admin lets its processes make namespaces and mounts: CAP_SYS_ADMIN and
+	// CAP_NET_ADMIN.
+	Admin bool
+	// Before are shell commands that the first process runs before it counts.
+	Before string
 	// Args replace the counter as the workload; a busybox is all there is.
 	Args []string
 	// Annotations of the bundle, such as org.criu.config.
@@ -40,7 +50,7 @@ done`
 
 // WriteBundle writes an OCI bundle into a directory of the host: busybox in a
 // container with mount, UTS, IPC, PID, network and cgroup namespaces of its
-// own, and a user namespace if wanted. The same call on another host makes
+// own as far as o does not say otherwise. The same call on another host makes
 // what a container dumped here needs there.
 func (h *Host) WriteBundle(dir string, o BundleOptions) error {
 	r, err := h.root()
@@ -83,7 +93,7 @@ func writeRootFS(r *os.Root, dir string, owner int) error {
 		return err
 	}
 	own = append(own, p)
-	for _, applet := range []string{"sh", "sleep", "mv", "cat", "echo", "ls", "ps", "hostname", "id", "kill", "ip", "true", "readlink"} {
+	for _, applet := range []string{"sh", "sleep", "mv", "cat", "echo", "ls", "ps", "hostname", "id", "kill", "ip", "true", "readlink", "setsid", "unshare", "mount"} {
 		p := path.Join(dir, "bin", applet)
 		if err := r.Symlink("busybox", p); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
@@ -103,12 +113,22 @@ type object = map[string]any
 func ociConfig(hostname string, o BundleOptions) object {
 	args := o.Args
 	if len(args) == 0 {
-		args = []string{"sh", "-c", counter}
+		args = []string{"sh", "-c", o.Before + "\n" + counter}
 	}
 	caps := []string{"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_SETGID", "CAP_SETUID", "CAP_SYS_CHROOT"}
 	var namespaces []object
+	if o.Admin {
+		caps = append(caps, "CAP_SYS_ADMIN", "CAP_NET_ADMIN")
+	}
 	for _, t := range []string{"mount", "uts", "ipc", "pid", "network", "cgroup"} {
-		namespaces = append(namespaces, object{"type": t})
+		ns := object{"type": t}
+		switch {
+		case t == "pid" && o.HostPID:
+			continue
+		case t == "network" && o.NetNS != "":
+			ns["path"] = o.NetNS
+		}
+		namespaces = append(namespaces, ns)
 	}
 	linux := object{}
 	if o.UserNS {
