@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -280,40 +279,9 @@ func without(t *table, title string) *table {
 }
 
 func (st *simulation) check(ctx context.Context, c *cli) error {
-	var r alloc.Records
-	err := errors.Join(
-		listed(ctx, st.store, alloc.KindSandbox, &r.Sandboxes),
-		listed(ctx, st.store, alloc.KindCheckpoint, &r.Checkpoints),
-		listed(ctx, st.store, alloc.KindHost, &r.Hosts))
+	report, err := st.svc.Check(ctx)
 	if err != nil {
 		return err
 	}
-	namespaces := 0
-	for _, s := range r.Sandboxes {
-		namespaces += len(s.Bindings)
-	}
-	findings := alloc.Check(r)
-	if err := c.printFindings(r, namespaces, findings); err != nil {
-		return err
-	}
-	if len(findings) > 0 {
-		return silent(exitError)
-	}
-	return nil
-}
-
-// listed reads all records of a kind; a simulation has a handful.
-func listed[T alloc.Record](ctx context.Context, store alloc.Store, kind alloc.Kind, to *[]T) error {
-	entries, _, err := store.List(ctx, kind, "", 1000, 0)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		r, ok := e.Record.(T)
-		if !ok {
-			return fmt.Errorf("record %s is a %T", e.Key, e.Record)
-		}
-		*to = append(*to, r)
-	}
-	return nil
+	return c.reported(report)
 }

@@ -146,6 +146,7 @@ var fixes = map[alloc.Reason]string{
 	alloc.ReasonRecovering:         "wait for the generation to be raised; the servers' logs say what they wait for",
 	alloc.ReasonFormat:             "use a release as new as the one that wrote the store",
 	alloc.ReasonMalformed:          "nothing was changed; look at the server's log",
+	alloc.ReasonRecordNotFound:     "nsalloc check shows what there is to mend",
 	reasonProcess:                  "give the pid of a process that lives on this host",
 }
 
@@ -153,9 +154,9 @@ func codeOfReason(r alloc.Reason) int {
 	switch r {
 	case alloc.ReasonInvalid:
 		return exitUsage
-	case alloc.ReasonSandboxNotFound, alloc.ReasonCheckpointNotFound, alloc.ReasonHostUnknown, alloc.ReasonSerialNotFound, reasonProcess:
+	case alloc.ReasonSandboxNotFound, alloc.ReasonCheckpointNotFound, alloc.ReasonHostUnknown, alloc.ReasonSerialNotFound, alloc.ReasonRecordNotFound, reasonProcess:
 		return exitNotFound
-	case alloc.ReasonPoolExists, alloc.ReasonConflict:
+	case alloc.ReasonPoolExists, alloc.ReasonConflict, alloc.ReasonNothingToMend, alloc.ReasonMendFirst:
 		return exitConflict
 	case alloc.ReasonUnavailable, alloc.ReasonUnknownOutcome, alloc.ReasonRecovering:
 		return exitUnavailable

@@ -57,6 +57,11 @@ type fakeHandoff struct {
 	*fake
 }
 
+type fakeRecords struct {
+	nsallocv1.UnimplementedRecordsServer
+	*fake
+}
+
 // serve listens at a unix socket in dir until the test is over and returns its address.
 func (f *fake) serve(t testing.TB, dir, name string) string {
 	t.Helper()
@@ -76,6 +81,7 @@ func (f *fake) on(l net.Listener) *grpc.Server {
 	nsallocv1.RegisterSandboxesServer(s, fakeSandboxes{fake: f})
 	nsallocv1.RegisterHostsServer(s, fakeHosts{fake: f})
 	nsallocv1.RegisterHandoffServer(s, fakeHandoff{fake: f})
+	nsallocv1.RegisterRecordsServer(s, fakeRecords{fake: f})
 	grpc_health_v1.RegisterHealthServer(s, health.NewServer())
 	go func() { _ = s.Serve(l) }()
 	return s
@@ -179,6 +185,31 @@ func (f fakeHandoff) ListCheckpoints(_ context.Context, r *nsallocv1.ListCheckpo
 	}
 	some, next := page(all, r.PageToken)
 	return &nsallocv1.ListCheckpointsResponse{Checkpoints: some, NextPageToken: next, Revision: 42, Unreadable: f.unreadable}, nil
+}
+
+func (f fakeRecords) Check(context.Context, *nsallocv1.CheckRequest) (*nsallocv1.CheckResponse, error) {
+	report := alloc.Report{Revision: 42, Sandboxes: len(f.sandboxes), Checkpoints: len(f.checkpoints), Hosts: len(f.hosts)}
+	var r alloc.Records
+	for _, s := range f.sandboxes {
+		r.Sandboxes = append(r.Sandboxes, wire.SandboxFromWire(s))
+		report.Namespaces += len(s.Bindings)
+	}
+	for _, c := range f.checkpoints {
+		r.Checkpoints = append(r.Checkpoints, wire.CheckpointFromWire(c))
+	}
+	report.Findings = alloc.Check(r)
+	report.Total = len(report.Findings)
+	return wire.ReportToWire(report), nil
+}
+
+func (f fakeRecords) Mend(_ context.Context, r *nsallocv1.MendRequest) (*nsallocv1.MendResponse, error) {
+	switch {
+	case r.Id == "0001000000000070":
+		return wire.MendedToWire(alloc.Mended{Revision: 43, At: noon, Changed: []alloc.Key{alloc.CheckpointKey(1<<48 | 0x71), alloc.SandboxKey(1<<48 | 0x70)}}), nil
+	case r.Kind == "host":
+		return nil, refuse(alloc.ReasonRecordNotFound, "host "+r.Id, "the pool has no such record")
+	}
+	return nil, refuse(alloc.ReasonNothingToMend, r.Kind+" "+r.Id, "nsalloc check finds nothing that mending it would help; nothing was changed")
 }
 
 func (f *fake) Status(context.Context, *nsallocv1.StatusRequest) (*nsallocv1.StatusResponse, error) {

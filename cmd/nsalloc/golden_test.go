@@ -68,6 +68,9 @@ func TestGolden(t *testing.T) {
 		"who-json":            "who 1 -o json",
 		"check":               "check",
 		"check-json":          "check -o json",
+		"mend":                "mend sandbox 70 --yes",
+		"mend-json":           "mend sandbox 0001000000000070 --yes -o json",
+		"mend-help":           "mend --help",
 	} {
 		t.Run(name, func(t *testing.T) {
 			code, out, errs := invoke(t, &fake{records: recorded()}, strings.Fields(args)...)
@@ -85,13 +88,18 @@ func TestFindings(t *testing.T) {
 	if code != exitError || !strings.Contains(out, "findings\n") || !strings.Contains(out, "P3 ") {
 		t.Errorf("exit code %d:\n%s", code, out)
 	}
+	if n := strings.Count(out, "\n     Mend: nsalloc mend "); n == 0 || n != strings.Count(out, "Mending: ") {
+		t.Errorf("%d commands in:\n%s", n, out)
+	}
 	for _, format := range []string{"table", "json", "name"} {
 		var o bytes.Buffer
 		c := &cli{out: &o, getenv: func(string) string { return "" }, output: format}
-		err := c.printFindings(alloc.Records{Sandboxes: make([]*alloc.Sandbox, 1), Checkpoints: make([]*alloc.Checkpoint, 2)}, 5, []alloc.Finding{
-			{Promise: "P1", Subject: "serial 0001000000000031", Evidence: "it is of a and of b", Fix: "report it"},
-			{Promise: "P16", Subject: "serial 0001000000000032", Evidence: "its \x1b[2Jnamespace has two", Fix: "restart the agent"},
-		})
+		err := c.printReport(alloc.Report{Revision: 42, Sandboxes: 1, Checkpoints: 2, Namespaces: 5, Aside: 1, Total: 1001, Findings: []alloc.Finding{
+			{Promise: "P1", Subject: "serial 0001000000000031", Evidence: "it is of a and of b", Fix: "it was changed", Mend: []string{"mend", "sandbox", "0001000000000030"}},
+			{Promise: "P16", Subject: "serial 0001000000000032", Evidence: "its \x1b[2Jnamespace has two", Fix: "it was changed too", Mend: []string{"mend", "sandbox", "0001000000000030"}},
+			{Promise: "RECORD", Subject: "stint $(reboot)", Evidence: "it cannot be read", Fix: "its disk is bad", Mend: []string{"mend", "stint", "$(reboot)'"}},
+			{Promise: "RECORD", Subject: "pool", Evidence: "it cannot be read", Fix: "restore it"},
+		}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -183,7 +183,7 @@ func (d *decoder) record(m proto.Message) alloc.Record {
 		return &alloc.Request{ID: m.Id, Digest: d.digest(m.Digest), Ranges: d.ranges(m.Ranges), At: d.time(m.At), Extra: unknown(m)}
 	case *storepb.Aside:
 		return &alloc.Aside{
-			Request: m.Request, Of: alloc.Key{Kind: alloc.Kind(m.Kind), ID: m.Id}, Value: m.Value, At: d.time(m.At), Actor: m.Actor, Extra: unknown(m),
+			Request: m.Request, Of: alloc.Key{Kind: alloc.Kind(m.Kind), ID: m.Id}, Value: m.Value, At: d.time(m.At), Actor: m.Actor, Digest: d.digest(m.Digest), Extra: unknown(m),
 		}
 	}
 	panic(fmt.Sprintf("newMessage makes a %T and record does not know it", m))

@@ -99,7 +99,7 @@ func (e *encoder) record(rec alloc.Record) proto.Message {
 		}, r.Extra)
 	case *alloc.Aside:
 		return extra(&storepb.Aside{
-			Request: r.Request, Kind: string(r.Of.Kind), Id: r.Of.ID, Value: r.Value, At: e.time(r.At), Actor: r.Actor,
+			Request: r.Request, Kind: string(r.Of.Kind), Id: r.Of.ID, Value: r.Value, At: e.time(r.At), Actor: r.Actor, Digest: r.Digest[:],
 		}, r.Extra)
 	default:
 		e.fail("there is no stored form of a %T", rec)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/nsalloc/nsalloc/internal/storepb"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/alloc/alloctest"
 )
 
 // planted is a store whose keys others write, too.
@@ -127,4 +128,9 @@ func TestGrowingMessages(t *testing.T) {
 			t.Errorf("%s: open is %v", name, growing(d))
 		}
 	}
+}
+
+// TestMend does what Check says over a real etcd, as pkg/alloc does over memory.
+func TestMend(t *testing.T) {
+	alloctest.TestMend(t, func(t *testing.T) alloctest.Planter { return planted{newStore(t, shared.Endpoint())} })
 }

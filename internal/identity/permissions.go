@@ -8,6 +8,7 @@ import (
 var (
 	hosts    = []Kind{Host}
 	everyone = []Kind{Host, Client, Operator}
+	operator = []Kind{Operator}
 )
 
 // permissions is the whole table of who may call what.
@@ -34,6 +35,9 @@ var permissions = map[string][]Kind{
 	"/nsalloc.v1.Hosts/Grant": hosts,
 	"/nsalloc.v1.Hosts/Get":   everyone,
 	"/nsalloc.v1.Hosts/List":  everyone,
+
+	"/nsalloc.v1.Records/Check": operator,
+	"/nsalloc.v1.Records/Mend":  operator,
 
 	"/grpc.health.v1.Health/Check": everyone,
 	"/grpc.health.v1.Health/List":  everyone,

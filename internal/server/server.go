@@ -127,6 +127,7 @@ func New(cfg Config) *Server {
 	nsallocv1.RegisterSandboxesServer(s.grpc, sandboxes{Server: s})
 	nsallocv1.RegisterHandoffServer(s.grpc, handoff{Server: s})
 	nsallocv1.RegisterHostsServer(s.grpc, hosts{Server: s})
+	nsallocv1.RegisterRecordsServer(s.grpc, records{Server: s})
 	s.health = health.NewServer()
 	s.setHealth(healthv1.HealthCheckResponse_NOT_SERVING)
 	healthv1.RegisterHealthServer(s.grpc, s.health)

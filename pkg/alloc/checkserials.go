@@ -6,110 +6,172 @@ import (
 	"slices"
 )
 
+// holder is who has a serial, and what to mend for it.
+type holder struct {
+	who string
+	key Key
+}
+
 // unique proves P1 for serials in use.
 func (c *checker) unique(r Records) {
 	for _, cp := range r.Checkpoints {
-		c.take(cp.Serial, "checkpoint "+cp.Serial.String())
+		c.take(cp.Serial, holder{"checkpoint " + cp.Serial.String(), c.checkpointKey(cp.Serial)})
 	}
 	for _, s := range r.Sandboxes {
-		c.take(s.Serial, subject(s))
+		c.take(s.Serial, holder{subject(s), s.Key()})
 		for _, b := range s.Bindings {
-			c.take(b.Serial, fmt.Sprintf("the %s namespace in %s", b.Type, subject(s)))
+			c.take(b.Serial, holder{fmt.Sprintf("the %s namespace in %s", b.Type, subject(s)), s.Key()})
 		}
 	}
 }
 
 // take notes who has a serial.
-func (c *checker) take(s Serial, who string) {
+func (c *checker) take(s Serial, h holder) {
 	if !s.Valid() {
-		c.find("P1", who, reportIt, "serial %d can never have been issued", uint64(s))
+		c.find("P1", h.who, by(fromOutside, h.key), "serial %d can never have been issued", uint64(s))
 		return
 	}
 	if other, ok := c.serials[s]; ok {
-		c.find("P1", "serial "+s.String(), reportIt, "it is of %s and of %s", other, who)
+		c.find("P1", "serial "+s.String(), c.either(fromOutside, other.key, h.key), "it is of %s and of %s", other.who, h.who)
 		return
 	}
-	c.serials[s] = who
+	c.serials[s] = h
 }
 
 // held is a range that somebody has and that is in no record of its own.
 type held struct {
 	Range
 	about, who string
+	key        Key
+}
+
+// spendable are the ranges that hosts may still spend, or all that they have where the generation is not
+// known.
+func spendable(r Records, h *Host) Ranges {
+	if r.Pool == nil {
+		return h.Granted
+	}
+	return h.in(r.Pool.Generation).Granted
 }
 
 // ranges proves that what hosts still hold, and what requests were answered, overlaps neither among
-// them nor with what is in use.
+// them nor with what is in use. What a host could spend is the host's to give up: the others have what
+// was issued already.
 func (c *checker) ranges(r Records) {
 	var all []held
-	add := func(rs Ranges, about, who string) {
+	add := func(rs Ranges, about, who string, key Key) {
 		for _, x := range rs {
 			switch {
 			case !x.Valid():
-				c.find("P1", about, reportIt, "range of %d from %d on can never have been issued", x.Count, uint64(x.First))
+				c.find("P1", about, by(fromOutside, key), "range of %d from %d on can never have been issued", x.Count, uint64(x.First))
 			default:
-				all = append(all, held{x, about, who})
+				all = append(all, held{x, about, who, key})
 			}
 		}
 	}
 	for _, h := range r.Hosts {
-		granted := h.Granted
-		if r.Pool != nil {
-			granted = h.in(r.Pool.Generation).Granted // nobody can spend the others
-		}
-		add(granted, "host "+h.Name, "host "+h.Name+", which may still spend it")
+		add(spendable(r, h), "host "+h.Name, "host "+h.Name+", which may still spend it", h.Key())
 	}
 	for _, q := range r.Requests {
-		add(q.Ranges, "request "+q.ID, "request "+q.ID)
+		add(q.Ranges, "request "+q.ID, "request "+q.ID, q.Key())
 	}
 	slices.SortFunc(all, func(a, b held) int {
 		return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(a.about, b.about))
 	})
+	clash := func(a, b Key) remedy {
+		switch {
+		case a.Kind == KindHost && b.Kind != KindHost:
+			return by(fromOutside, a)
+		case b.Kind == KindHost && a.Kind != KindHost:
+			return by(fromOutside, b)
+		}
+		return c.either(fromOutside, a, b)
+	}
 	for i := 1; i < len(all); i++ {
 		if a, b := all[i-1], all[i]; a.Last() >= b.First {
-			c.find("P1", b.about, reportIt, "range %s is of %s, and range %s of %s", b.Range, b.who, a.Range, a.who)
+			c.find("P1", b.about, clash(a.key, b.key), "range %s is of %s, and range %s of %s", b.Range, b.who, a.Range, a.who)
 		}
 	}
-	for s, who := range c.serials {
+	for s, h := range c.serials {
 		i, _ := slices.BinarySearchFunc(all, s, func(h held, s Serial) int { return cmp.Compare(h.Last(), s) })
 		if i < len(all) && all[i].Contains(s) {
-			c.find("P1", "serial "+s.String(), reportIt, "it is of %s, and in range %s of %s", who, all[i].Range, all[i].who)
+			c.find("P1", "serial "+s.String(), clash(h.key, all[i].key), "it is of %s, and in range %s of %s", h.who, all[i].Range, all[i].who)
 		}
 	}
+}
+
+// keptGenerations are those that no mend skips: a serial of one of them does not lift the pool's
+// generation above itself, but is put aside.
+const keptGenerations = 1024
+
+// far reports whether a serial is of a generation that is not worth reaching.
+func far(s Serial, pool Generation) bool {
+	return s.Generation() > pool && s.Generation() > MaxGeneration-keptGenerations
 }
 
 // counter proves that everything in use or held lies before the pool's cursor: what lies behind it
 // would be issued again.
 func (c *checker) counter(r Records) {
-	if r.Counter == nil {
+	if r.Pool == nil {
 		return
 	}
-	last := func(s Serial, about, who string) {
-		switch g := r.Counter.Generation; {
-		case s.Generation() > g:
-			c.find("P1", about, reportIt, "%s has serial %s, the pool is in generation %d", who, s, g)
-		case s.Generation() == g && s.Counter() >= r.Counter.Next:
-			c.find("P1", about, reportIt, "%s has serial %s, and the pool will issue it again: its counter is at %x", who, s, r.Counter.Next)
+	mend := by("the counter went back or a record was changed: the store was put back to an older snapshot, or changed from outside", Key{Kind: KindCounter})
+	switch {
+	case c.unreadable[Key{Kind: KindCounter}]:
+		return
+	case r.Counter == nil:
+		c.find("P1", "counter", mend, "it does not exist: nobody knows what has been issued in generation %d", r.Pool.Generation)
+		return
+	case r.Pool.Generation == 0 || r.Pool.Generation > MaxGeneration:
+		c.find("P1", "pool "+r.Pool.UUID, mend, "it is in generation %d, which cannot be", r.Pool.Generation)
+	case r.Counter.Generation != r.Pool.Generation:
+		c.find("P1", "counter", mend, "it is of generation %d, the pool is in generation %d", r.Counter.Generation, r.Pool.Generation)
+	case r.Counter.Next == 0 || r.Counter.Next > MaxCounter+1:
+		c.find("P1", "counter", mend, "it is at %x, which cannot be", r.Counter.Next)
+	}
+	last := func(s Serial, about, who string, key Key) {
+		switch {
+		case !again(r, s):
+		case far(s, r.Pool.Generation):
+			c.find("P1", about, by(fromOutside, key), "%s has serial %s, the pool is in generation %d", who, s, r.Pool.Generation)
+		case s.Generation() > r.Pool.Generation:
+			c.find("P1", about, mend, "%s has serial %s, the pool is in generation %d", who, s, r.Pool.Generation)
+		default:
+			c.find("P1", about, mend, "%s has serial %s, and the pool will issue it again: its counter is at %x", who, s, r.Counter.Next)
 		}
 	}
-	for s, who := range c.serials {
-		last(s, "serial "+s.String(), who)
+	for s, h := range c.serials {
+		last(s, "serial "+s.String(), h.who, h.key)
 	}
 	for _, h := range r.Hosts {
 		for _, x := range h.Granted {
-			last(x.Last(), "host "+h.Name, "host "+h.Name)
+			if x.Valid() {
+				last(x.Last(), "host "+h.Name, "host "+h.Name, h.Key())
+			}
 		}
 	}
 	for _, q := range r.Requests {
 		for _, x := range q.Ranges {
-			last(x.Last(), "request "+q.ID, "request "+q.ID)
+			if x.Valid() {
+				last(x.Last(), "request "+q.ID, "request "+q.ID, q.Key())
+			}
 		}
 	}
 }
 
+// again reports whether the pool, as its record and its counter stand, would issue a serial some day.
+func again(r Records, s Serial) bool {
+	g := r.Pool.Generation
+	return s.Generation() > g || s.Generation() == g && (r.Counter == nil || s.Counter() >= r.Counter.Next)
+}
+
 // liveNamespaces proves P16: one serial for one live namespace of a host.
 func (c *checker) liveNamespaces(sandboxes []*Sandbox) {
-	seen := map[string]Serial{}
+	type place struct {
+		serial Serial
+		key    Key
+	}
+	seen := map[string]place{}
 	for _, s := range sandboxes {
 		if s.State != StateRunning && s.State != StateDumped {
 			continue
@@ -120,11 +182,11 @@ func (c *checker) liveNamespaces(sandboxes []*Sandbox) {
 			}
 			key := s.Owner + "/" + b.Kernel.Key(b.Type)
 			if other, ok := seen[key]; ok {
-				c.find("P16", "serial "+b.Serial.String(), "restart nsalloc-agent on host "+s.Owner+", which ends the sandboxes that do not live there",
-					"%s namespace %s on host %s has serial %s too", b.Type, b.Kernel.Key(b.Type), s.Owner, other)
+				c.find("P16", "serial "+b.Serial.String(), c.either("the agent of host "+s.Owner+" registered it twice, or a record was changed from outside", s.Key(), other.key),
+					"%s namespace %s on host %s has serial %s too", b.Type, b.Kernel.Key(b.Type), s.Owner, other.serial)
 				continue
 			}
-			seen[key] = b.Serial
+			seen[key] = place{b.Serial, s.Key()}
 		}
 	}
 }

@@ -67,6 +67,12 @@ const (
 	ReasonUnavailable Reason = "STORE_UNAVAILABLE"
 	// ReasonTooLarge: more than one transaction of the store can hold; nothing changed.
 	ReasonTooLarge Reason = "TOO_LARGE"
+	// ReasonRecordNotFound: there is no such record to mend.
+	ReasonRecordNotFound Reason = "RECORD_NOT_FOUND"
+	// ReasonNothingToMend: Check finds nothing about the object; nothing changed.
+	ReasonNothingToMend Reason = "NOTHING_TO_MEND"
+	// ReasonMendFirst: something else has to be mended before; nothing changed.
+	ReasonMendFirst Reason = "MEND_FIRST"
 	// ReasonCaller: the caller is unknown or may not do this; nothing changed.
 	ReasonCaller Reason = "CALLER_REFUSED"
 )
@@ -142,6 +148,9 @@ var (
 	ErrUnknownOutcome     = &Error{Reason: ReasonUnknownOutcome}
 	ErrUnavailable        = &Error{Reason: ReasonUnavailable}
 	ErrTooLarge           = &Error{Reason: ReasonTooLarge}
+	ErrRecordNotFound     = &Error{Reason: ReasonRecordNotFound}
+	ErrNothingToMend      = &Error{Reason: ReasonNothingToMend}
+	ErrMendFirst          = &Error{Reason: ReasonMendFirst}
 	ErrCaller             = &Error{Reason: ReasonCaller}
 )
 

@@ -17,6 +17,8 @@ type Service struct {
 
 	counter chan struct{} // one slot, held by whoever moves the pool's counter: callers in one process never race on that key
 
+	checking chan struct{} // one slot, held by whoever reads all records
+
 	mu      sync.Mutex
 	queue   []*allocation // guarded by mu
 	issuing bool          // guarded by mu: a goroutine drains queue
@@ -28,7 +30,7 @@ func NewService(store Store, now func() time.Time) *Service {
 	if now == nil {
 		now = time.Now
 	}
-	return &Service{store: store, counter: make(chan struct{}, 1), now: func() time.Time { return now().UTC().Round(0) }}
+	return &Service{store: store, counter: make(chan struct{}, 1), checking: make(chan struct{}, 1), now: func() time.Time { return now().UTC().Round(0) }}
 }
 
 // Mutation is what every change by a host carries.

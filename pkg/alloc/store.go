@@ -106,7 +106,9 @@ type Aside struct {
 	At    time.Time `json:"at"`
 	// Actor is who asked for it, such as operator/ann.
 	Actor string `json:"actor"`
-	Extra []byte `json:"-"`
+	// Digest is of the request's body.
+	Digest Digest `json:"digest"`
+	Extra  []byte `json:"-"`
 }
 
 // RequestMark is a request that changed a record; see RequestLog.

@@ -49,6 +49,8 @@ const (
 	// maxCall bounds one call, however far the caller's own deadline is: what waits at a server that is
 	// gone without a word is asked again elsewhere.
 	maxCall = 10 * time.Second
+	// maxLook bounds those that read all records of a pool.
+	maxLook = 10 * time.Minute
 	// Keepalive finds such a server also where nothing is asked. Servers allow a ping each 5 s.
 	keepaliveTime    = 10 * time.Second
 	keepaliveTimeout = 3 * time.Second
@@ -61,6 +63,7 @@ var reads = map[string][]string{
 	"nsalloc.v1.Sandboxes": {"Get", "List", "History"},
 	"nsalloc.v1.Handoff":   {"Find", "ListCheckpoints"},
 	"nsalloc.v1.Hosts":     {"Get", "List"},
+	"nsalloc.v1.Records":   {"Check"},
 	"nsalloc.v1.Agent":     {"Status", "ListNamespaces", "Identify", "ListRuns"},
 }
 
@@ -71,6 +74,7 @@ type Client struct {
 	sandboxes nsallocv1.SandboxesClient
 	handoff   nsallocv1.HandoffClient
 	hosts     nsallocv1.HostsClient
+	records   nsallocv1.RecordsClient
 }
 
 type options struct {
@@ -106,6 +110,7 @@ func Dial(target string, opts ...Option) (*Client, error) {
 		sandboxes: nsallocv1.NewSandboxesClient(conn),
 		handoff:   nsallocv1.NewHandoffClient(conn),
 		hosts:     nsallocv1.NewHostsClient(conn),
+		records:   nsallocv1.NewRecordsClient(conn),
 	}, nil
 }
 
@@ -223,7 +228,11 @@ func convert(ctx context.Context, method string, req, reply any, cc *grpc.Client
 				Fix: "split it"}
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, maxCall)
+	most := maxCall
+	if strings.HasPrefix(method, "/"+nsallocv1.Records_ServiceDesc.ServiceName+"/") {
+		most = maxLook
+	}
+	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	left := new(atomic.Bool)
 	err := invoke(context.WithValue(ctx, leftKey{}, left), method, req, reply, cc, opts...)

@@ -86,3 +86,9 @@ func (c *Client) Release(ctx context.Context, cmd alloc.ReleaseCommand) (alloc.H
 	resp, err := c.handoff.Release(ctx, wire.ReleaseRequest(cmd))
 	return wire.HandoffFromWire(resp.GetSandbox(), resp.GetCheckpoint()), err
 }
+
+// Mend takes one object out of contradiction. It is for operators; see alloc.Service.Mend.
+func (c *Client) Mend(ctx context.Context, cmd alloc.MendCommand) (alloc.Mended, error) {
+	resp, err := c.records.Mend(ctx, wire.MendRequest(cmd))
+	return wire.MendedFromWire(resp), err
+}

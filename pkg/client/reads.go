@@ -140,6 +140,12 @@ func (c *Client) Hosts(ctx context.Context) iter.Seq2[*alloc.Host, error] {
 	}, wire.HostFromWire)
 }
 
+// Check reads every record of the pool at one revision and verifies the promises. It is for operators.
+func (c *Client) Check(ctx context.Context) (alloc.Report, error) {
+	resp, err := c.records.Check(ctx, &nsallocv1.CheckRequest{})
+	return wire.ReportFromWire(resp), err
+}
+
 // pages yields page after page. The last page's count of what was left out is the one that holds.
 func pages[P, D any](what string, page func(token string) ([]*P, string, uint64, error), convert func(*P) *D) iter.Seq2[*D, error] {
 	return func(yield func(*D, error) bool) {

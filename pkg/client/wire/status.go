@@ -56,6 +56,9 @@ var reasonCodes = map[alloc.Reason]codes.Code{
 	alloc.ReasonUnknownOutcome:     codes.Unavailable,
 	alloc.ReasonUnavailable:        codes.Unavailable,
 	alloc.ReasonTooLarge:           codes.ResourceExhausted,
+	alloc.ReasonRecordNotFound:     codes.NotFound,
+	alloc.ReasonNothingToMend:      codes.FailedPrecondition,
+	alloc.ReasonMendFirst:          codes.FailedPrecondition,
 	alloc.ReasonCaller:             codes.PermissionDenied,
 }
 

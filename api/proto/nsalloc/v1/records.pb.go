@@ -72,7 +72,8 @@ type CheckResponse struct {
 	Checkpoints uint64 `protobuf:"varint,4,opt,name=checkpoints,proto3" json:"checkpoints,omitempty"`
 	// How many hosts there are.
 	Hosts uint64 `protobuf:"varint,5,opt,name=hosts,proto3" json:"hosts,omitempty"`
-	// What breaks a promise, by promise and subject; the first 1,000.
+	// What breaks a promise, in the order in which it is to be mended: the counter and hosts, then by promise
+	// and subject; the first 1,000.
 	Findings []*Finding `protobuf:"bytes,6,rep,name=findings,proto3" json:"findings,omitempty"`
 	// How many findings there are in all.
 	Total uint64 `protobuf:"varint,7,opt,name=total,proto3" json:"total,omitempty"`
@@ -180,7 +181,9 @@ type Finding struct {
 	// What happened, as far as it can be told, and what mending costs.
 	Fix string `protobuf:"bytes,4,opt,name=fix,proto3" json:"fix,omitempty"`
 	// The arguments of `nsalloc` that mend it, such as ["mend", "sandbox", "0001000000000013"]; empty when
-	// no command can.
+	// no command can. Where two objects clash it names the one that costs less: a request before a checkpoint
+	// before a sandbox, and of two sandboxes the one that does not run, else the one of the lower epoch, else
+	// the younger serial; fix says how to choose the other.
 	Mend          []string `protobuf:"bytes,5,rep,name=mend,proto3" json:"mend,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -327,9 +330,9 @@ func (x *MendRequest) GetForce() bool {
 // MendResponse says what was done.
 type MendResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The store's revision of the change.
+	// The store's revision of the change, of the last one where there were several.
 	Revision int64 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
-	// What was put aside or changed, as KIND/ID.
+	// What was put aside or changed, as KIND/ID, in that order; pool and counter have no ID.
 	Changed []string `protobuf:"bytes,2,rep,name=changed,proto3" json:"changed,omitempty"`
 	// When it was committed, by the server's clock.
 	At            *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=at,proto3" json:"at,omitempty"`

@@ -35,27 +35,36 @@ type RecordsClient interface {
 	// most once), P16 (a live namespace has one serial); and that every record can be read. It changes
 	// nothing.
 	//
-	// Errors: UNAVAILABLE when the store cannot be reached.
+	// Errors: UNAVAILABLE when the store cannot be reached; FAILED_PRECONDITION (POOL_MISSING).
 	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error)
 	// Mend takes one object out of contradiction, in a way that can never issue a serial twice:
 	//
 	//	sandbox     the sandbox, its checkpoints and its old stints are put aside. What still lives on its
 	//	            host is registered again by the agent there, under fresh serials; images of it restore
-	//	            no more under the old ones.
-	//	checkpoint  a checkpoint that cannot be read, or whose sandbox does not exist, is put aside.
-	//	stint       likewise.
-	//	host        what is left of the host's ranges is burned; its agent gets new ones. One that cannot be
-	//	            read is put aside: the agent begins a new life.
-	//	request     put aside; a retry of it finds nothing.
-	//	counter     the pool goes into its next generation: no range of an earlier one is spent any more.
+	//	            no more.
+	//	checkpoint  put aside; its images restore no more. A sandbox whose current one it is, and that runs or
+	//	            is over, goes on without. One that is handed off through it would be stuck: that is
+	//	            refused, mend the sandbox.
+	//	stint       an old one, in a record of its own, is put aside.
+	//	host        what is left of the host's ranges is burned; its agent gets new ones and goes on. One that
+	//	            cannot be read begins anew under a higher incarnation, and its agent a new life.
+	//	request     put aside. A retry of it is refused (REQUEST_EXPIRED), and so is every older request that is
+	//	            not committed.
+	//	counter     the pool goes into the generation after the highest that a serial in its records is of:
+	//	            no range of an earlier one is spent any more, and no serial changes.
 	//
-	// Put aside means: moved to the kind `aside`, byte by byte, in the same transaction. Nothing reads it
-	// there, and nothing deletes it.
+	// Put aside means: every record that is deleted or changed is kept under aside/REQUEST/KIND/ID, byte by
+	// byte, in the same transaction. Nothing reads it there, and nothing deletes it.
 	//
 	// When it returns, the change is committed. The same request again changes nothing and answers the same.
+	// A sandbox with hundreds of old stints takes several transactions; when the server dies in between,
+	// Check still finds it, and the same request, or a new one, does the rest.
 	//
-	// Errors: NOT_FOUND when there is no such record; FAILED_PRECONDITION (NOTHING_TO_MEND) when Check finds
-	// nothing about that object, unless force is set; INVALID_ARGUMENT for a kind or an id that cannot be.
+	// Errors: NOT_FOUND (RECORD_NOT_FOUND) when there is no such record; FAILED_PRECONDITION: NOTHING_TO_MEND
+	// when Check finds nothing about that object, unless force is set, and MEND_FIRST when something else has to
+	// be mended before, which the error names: no serial leaves the records that the pool, or a host, could
+	// still issue. INTERNAL (FORMAT_UNSUPPORTED) when a newer version wrote the record, unless force is set;
+	// INVALID_ARGUMENT for a kind or an id that cannot be.
 	Mend(ctx context.Context, in *MendRequest, opts ...grpc.CallOption) (*MendResponse, error)
 }
 
@@ -99,27 +108,36 @@ type RecordsServer interface {
 	// most once), P16 (a live namespace has one serial); and that every record can be read. It changes
 	// nothing.
 	//
-	// Errors: UNAVAILABLE when the store cannot be reached.
+	// Errors: UNAVAILABLE when the store cannot be reached; FAILED_PRECONDITION (POOL_MISSING).
 	Check(context.Context, *CheckRequest) (*CheckResponse, error)
 	// Mend takes one object out of contradiction, in a way that can never issue a serial twice:
 	//
 	//	sandbox     the sandbox, its checkpoints and its old stints are put aside. What still lives on its
 	//	            host is registered again by the agent there, under fresh serials; images of it restore
-	//	            no more under the old ones.
-	//	checkpoint  a checkpoint that cannot be read, or whose sandbox does not exist, is put aside.
-	//	stint       likewise.
-	//	host        what is left of the host's ranges is burned; its agent gets new ones. One that cannot be
-	//	            read is put aside: the agent begins a new life.
-	//	request     put aside; a retry of it finds nothing.
-	//	counter     the pool goes into its next generation: no range of an earlier one is spent any more.
+	//	            no more.
+	//	checkpoint  put aside; its images restore no more. A sandbox whose current one it is, and that runs or
+	//	            is over, goes on without. One that is handed off through it would be stuck: that is
+	//	            refused, mend the sandbox.
+	//	stint       an old one, in a record of its own, is put aside.
+	//	host        what is left of the host's ranges is burned; its agent gets new ones and goes on. One that
+	//	            cannot be read begins anew under a higher incarnation, and its agent a new life.
+	//	request     put aside. A retry of it is refused (REQUEST_EXPIRED), and so is every older request that is
+	//	            not committed.
+	//	counter     the pool goes into the generation after the highest that a serial in its records is of:
+	//	            no range of an earlier one is spent any more, and no serial changes.
 	//
-	// Put aside means: moved to the kind `aside`, byte by byte, in the same transaction. Nothing reads it
-	// there, and nothing deletes it.
+	// Put aside means: every record that is deleted or changed is kept under aside/REQUEST/KIND/ID, byte by
+	// byte, in the same transaction. Nothing reads it there, and nothing deletes it.
 	//
 	// When it returns, the change is committed. The same request again changes nothing and answers the same.
+	// A sandbox with hundreds of old stints takes several transactions; when the server dies in between,
+	// Check still finds it, and the same request, or a new one, does the rest.
 	//
-	// Errors: NOT_FOUND when there is no such record; FAILED_PRECONDITION (NOTHING_TO_MEND) when Check finds
-	// nothing about that object, unless force is set; INVALID_ARGUMENT for a kind or an id that cannot be.
+	// Errors: NOT_FOUND (RECORD_NOT_FOUND) when there is no such record; FAILED_PRECONDITION: NOTHING_TO_MEND
+	// when Check finds nothing about that object, unless force is set, and MEND_FIRST when something else has to
+	// be mended before, which the error names: no serial leaves the records that the pool, or a host, could
+	// still issue. INTERNAL (FORMAT_UNSUPPORTED) when a newer version wrote the record, unless force is set;
+	// INVALID_ARGUMENT for a kind or an id that cannot be.
 	Mend(context.Context, *MendRequest) (*MendResponse, error)
 	mustEmbedUnimplementedRecordsServer()
 }

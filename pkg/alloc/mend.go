@@ -1,0 +1,241 @@
+package alloc
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// MendCommand names one object to be taken out of contradiction.
+type MendCommand struct {
+	RequestID string `json:"-"`
+	// Actor is who asks, such as operator/local.
+	Actor string `json:"-"`
+	Kind  Kind   `json:"kind"`
+	// ID is that of the object's key; empty for the counter.
+	ID string `json:"id"`
+	// Force mends also what Check finds nothing about.
+	Force bool `json:"force"`
+}
+
+// Mended is what a Mend has done.
+type Mended struct {
+	// Revision and At are those of its last transaction.
+	Revision Revision
+	At       time.Time
+	// Changed is what was put aside or changed, in the order of kinds and ids.
+	Changed []Key
+}
+
+// mendKinds is what can be mended, with what it costs.
+var mendKinds = map[Kind]string{
+	KindSandbox:    "the sandbox, its checkpoints and its older stints are put aside; what lives of it is registered again by its host's agent, under fresh serials, and its images restore no more",
+	KindCheckpoint: "the checkpoint is put aside, and a sandbox that ran from it or is over forgets it; its images restore no more",
+	KindStint:      "the stint is put aside; the sandbox's history lacks it",
+	KindHost:       "what is left of the host's ranges is burned, and its agent gets new ones",
+	KindRequest:    "the request is put aside; a retry of it, or of an older one that is not committed, is refused",
+	KindCounter:    "the pool goes into its next generation; what is left of all hosts' ranges is burned, and no serial changes",
+}
+
+// MendCost says what mending an object of a kind costs; "" for a kind that cannot be mended.
+func MendCost(kind Kind) string { return mendKinds[kind] }
+
+func mendArgs(k Key) []string {
+	if k.ID == "" {
+		return []string{"mend", string(k.Kind)}
+	}
+	return []string{"mend", string(k.Kind), k.ID}
+}
+
+// CommandLine is the arguments of a command as a POSIX shell takes them.
+func CommandLine(args []string) string {
+	quoted := make([]string, len(args))
+	for i, a := range args {
+		quoted[i] = a
+		if a == "" || strings.ContainsFunc(a, func(c rune) bool {
+			return !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.ContainsRune("-_./:", c))
+		}) {
+			quoted[i] = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
+		}
+	}
+	return strings.Join(quoted, " ")
+}
+
+// maxMendID is more than any id of ours has.
+const maxMendID = 512
+
+func (cmd MendCommand) validate() error {
+	switch {
+	case mendKinds[cmd.Kind] == "":
+		return invalid("kind", fmt.Sprintf("%.40q cannot be mended; there are: sandbox, checkpoint, stint, host, request, counter", cmd.Kind))
+	case (cmd.Kind == KindCounter) != (cmd.ID == ""):
+		return invalid("id", "the counter has none, everything else has one")
+	}
+	return validText("id", cmd.ID, 0, maxMendID)
+}
+
+func (cmd MendCommand) key() Key { return Key{cmd.Kind, cmd.ID} }
+
+// Mend takes one object out of contradiction. What each kind means stands in the API (records.proto).
+//
+// Nothing is lost: a record is changed or deleted only in the transaction that puts its value aside, byte
+// by byte. Nothing is issued again: where the pool, or a host, could still issue a serial that would leave
+// the records, that is refused until the counter, or the host, is mended.
+//
+// Committed when it returns: all of it. A sandbox with more old stints than a transaction takes leaves
+// in several, itself first: when the process dies in between, Check finds stints without their sandbox,
+// and the same request, or a new one for that sandbox, does the rest.
+//
+// Errors: ErrInvalid, ErrRecordNotFound, ErrNothingToMend, ErrMendFirst, ErrFormat (a newer version wrote
+// it; force mends it all the same), ErrPoolMissing, ErrRecovering, ErrExhausted (no generation is left),
+// ErrTooLarge, ErrRequestReused, ErrRequestExpired, ErrConflict, ErrUnavailable, ErrUnknownOutcome.
+func (s *Service) Mend(ctx context.Context, cmd MendCommand) (Mended, error) {
+	if err := cmd.validate(); err != nil {
+		return Mended{}, err
+	}
+	if err := s.checkRequest(cmd.RequestID); err != nil {
+		return Mended{}, err
+	}
+	digest, err := digestOf(cmd)
+	if err != nil {
+		return Mended{}, err
+	}
+	var done Mended
+	err = settle(ctx, func() (bool, error) {
+		begun, err := s.mended(ctx, cmd.RequestID, digest)
+		if err != nil {
+			return ReasonOf(err) == ReasonRequestReused, err
+		}
+		all, err := s.readAll(ctx)
+		if err != nil {
+			return ReasonOf(err) == ReasonPoolMissing, err
+		}
+		moves, err := all.mend(cmd, len(begun.Changed) > 0)
+		if err != nil {
+			return true, err
+		}
+		if err := s.moveAside(ctx, cmd, digest, all, moves); err != nil {
+			return false, err
+		}
+		done, err = s.mended(ctx, cmd.RequestID, digest)
+		return false, err
+	})
+	return done, err
+}
+
+// mended is what a request has put aside so far.
+func (s *Service) mended(ctx context.Context, id string, digest Digest) (Mended, error) {
+	var m Mended
+	var failed error
+	err := s.list(ctx, KindAside, id+"/", 0, func(e Entry) bool {
+		if !strings.HasPrefix(e.Key.ID, id+"/") {
+			return false
+		}
+		if failed = e.Err; failed != nil {
+			return false
+		}
+		a := e.Record.(*Aside)
+		if failed = sameBody(id, a.Digest, digest); failed != nil {
+			return false
+		}
+		m.Changed = append(m.Changed, a.Of)
+		m.Revision = max(m.Revision, e.Revision)
+		if a.At.After(m.At) {
+			m.At = a.At
+		}
+		return true
+	})
+	slices.SortFunc(m.Changed, func(a, b Key) int { return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.ID, b.ID)) })
+	return m, cmp.Or(err, failed)
+}
+
+// Limits of one transaction of a mend, below those of etcd: two writes a move, and a value stands in the
+// guard and in what is put aside.
+const (
+	maxMoves     = 60
+	maxMoveBytes = 1 << 20
+)
+
+// moveAside commits the moves, as many as fit in one transaction, in their order. What was read for the
+// decision must not have changed since, but for records that are replaced whatever they say.
+func (s *Service) moveAside(ctx context.Context, cmd MendCommand, digest Digest, r all, moves []move) error {
+	if cmd.Kind == KindCounter { // or this process's own issuing would win over and over
+		release, err := s.holdCounter(ctx)
+		if err != nil {
+			return err
+		}
+		defer release()
+	}
+	for len(moves) > 0 {
+		batch := moves[:min(len(moves), maxMoves)]
+		keys := []Key{{Kind: KindPool}}
+		for _, m := range batch {
+			if m.key.Kind != KindPool {
+				keys = append(keys, m.key)
+			}
+		}
+		entries, at, err := s.store.Get(ctx, keys...)
+		if err != nil {
+			return err
+		}
+		if entries[0].Revision > r.revision {
+			return errChanged
+		}
+		read := map[Key]Entry{}
+		for _, e := range entries {
+			read[e.Key] = e
+		}
+		tx := Tx{Guards: []Guard{{Key: entries[0].Key, Token: entries[0].Token}}}
+		size, n := 0, 0
+		for _, m := range batch {
+			e := read[m.key]
+			if size += 2 * len(e.Token); n > 0 && size > maxMoveBytes {
+				break
+			}
+			n++
+			if err := m.into(&tx, e, r, at); err != nil {
+				return err
+			}
+			if e.Token != "" {
+				tx.Put = append(tx.Put, &Aside{Request: cmd.RequestID, Of: e.Key, Value: []byte(e.Token), At: s.now(), Actor: cmd.Actor, Digest: digest})
+			}
+		}
+		if _, err := s.store.Commit(ctx, tx); err != nil {
+			return err
+		}
+		moves = moves[n:]
+	}
+	return nil
+}
+
+// errChanged makes a mend start anew.
+var errChanged = &Error{Reason: ReasonConflict, Msg: "what is to be mended changed meanwhile"}
+
+// move is one record that a mend takes away, or replaces.
+type move struct {
+	key Key
+	// with makes the record that stands there from then on, of what stands there now and the revision
+	// of that; nil for none.
+	with func(now Entry, at Revision) Record
+	// whatever: with takes a record also when it has changed since all were read, or is absent.
+	whatever bool
+}
+
+// into adds the move to a transaction.
+func (m move) into(tx *Tx, e Entry, r all, at Revision) error {
+	if !m.whatever && (e.Token == "" || e.Revision > r.revision) {
+		return errChanged
+	}
+	if m.key.Kind != KindPool { // guarded already
+		tx.Guards = append(tx.Guards, Guard{Key: e.Key, Token: e.Token})
+	}
+	if m.with == nil {
+		tx.Delete = append(tx.Delete, e.Key)
+	} else {
+		tx.Put = append(tx.Put, m.with(e, at))
+	}
+	return nil
+}
