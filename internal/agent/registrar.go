@@ -105,6 +105,7 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	a.sayPutAside(ctx, owned)
 	r.id = id
 	r.life.Store(uint64(id.Incarnation))
 	r.spent(host.Granted)
@@ -146,6 +147,31 @@ func (r *registrar) age() time.Duration {
 		return time.Since(*at)
 	}
 	return math.MaxInt64
+}
+
+// sayPutAside says loudly which sandboxes of the book the pool does not know any more: an operator put them
+// aside. What lives of them is nobody's from here on, so that the next sweep registers it anew.
+func (a *Agent) sayPutAside(ctx context.Context, owned []*alloc.Sandbox) {
+	still := map[alloc.Serial]bool{}
+	for _, s := range owned {
+		still[s.Serial] = true
+	}
+	for _, s := range a.book.all() {
+		if still[s.Serial] {
+			continue
+		}
+		// Its serial can be of another sandbox as well: a clash is what was mended.
+		if found, _, err := a.pool.Sandbox(ctx, s.Serial); notThere(err) || err == nil && found.Serial != s.Serial {
+			a.log.Error("the pool does not know a sandbox of this host any more: it was put aside (nsalloc mend); what lives of it gets fresh serials",
+				"sandbox", s.Serial, "namespaces", len(s.Bindings), "command", s.Labels["command"])
+		}
+	}
+}
+
+// notThere reports whether the pool has answered that it has no such sandbox.
+func notThere(err error) bool {
+	r := alloc.ReasonOf(err)
+	return r == alloc.ReasonSandboxNotFound || r == alloc.ReasonSerialNotFound
 }
 
 // mutation heads every command of this host.

@@ -45,7 +45,7 @@ func (a *Agent) settle(ctx context.Context, n *run) error {
 		// Somebody fenced this host, or took over: what we saw counts no more.
 		outcome, err = "overtaken: "+err.Error(), nil
 		a.registrar.stale.Store(true)
-	case alloc.ReasonSandboxNotFound, alloc.ReasonCheckpointNotFound:
+	case alloc.ReasonSandboxNotFound, alloc.ReasonSerialNotFound, alloc.ReasonCheckpointNotFound:
 		outcome, err = "the pool does not know it: "+err.Error(), nil
 		a.registrar.stale.Store(true)
 	}
