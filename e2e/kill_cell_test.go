@@ -1,10 +1,8 @@
 package e2e
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -105,6 +103,9 @@ func (c *cellRun) run() {
 		c.p.t.Errorf("processes and store agreed %v after the restart, %v are allowed", c.result.agreed, settledIn)
 	}
 	c.result.verdict = c.verdict(o)
+	if want, ok := c.mayShow(c.result.verdict); !ok {
+		c.p.t.Errorf("it shows %q, the model says %q", c.result.verdict, want)
+	}
 	if c.ns == nil && o.runsOn() == "a" {
 		c.must(c.remember())
 	}
@@ -218,17 +219,20 @@ func (c *cellRun) agree() *observation {
 
 // verdict says what was seen.
 func (c *cellRun) verdict(o *observation) string {
-	if on := o.runsOn(); on != "" {
-		return "runs on " + on
+	says := "nothing runs"
+	if c.source != nil {
+		f := c.p.stored(c.source.Serial)
+		says = string(f.Sandbox.State)
+		if on := o.runsOn(); on != "" {
+			says = "runs on " + on
+		}
+		if f.Checkpoint != nil {
+			says += ", images " + string(f.Checkpoint.State)
+		}
+	} else if on := o.runsOn(); on != "" {
+		says = "runs on " + on
 	}
-	if c.source == nil {
-		return "nothing runs"
-	}
-	f := c.p.stored(c.source.Serial)
-	if f.Checkpoint == nil {
-		return string(f.Sandbox.State)
-	}
-	return fmt.Sprintf("%s, images %s", f.Sandbox.State, f.Checkpoint.State)
+	return says
 }
 
 // finish goes on as an operator would who tries again, until the container runs on b: with its serials,
@@ -284,7 +288,7 @@ func (c *cellRun) finished(j journey, o *observation) {
 	if o.count["b"] < c.count {
 		c.p.t.Errorf("it counted to %d and is at %d", c.count, o.count["b"])
 	}
-	if !j.clones && !slices.Contains(clones, c.point) {
+	if !j.clones && c.result.verdict != overOnB {
 		checkMoved(c.p.t, c.ns, after, runtimeTypes(false))
 		s := o.of["b"]
 		if s.Serial != c.source.Serial || s.Epoch <= c.source.Epoch {

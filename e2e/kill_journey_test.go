@@ -185,11 +185,6 @@ func places(p killpoint.Point) []place {
 	return byWrite[what]
 }
 
-// clones are the points after which the model calls the restored tree one that may have run: 0 was given,
-// or may have been, and the tree was seen dead. Its sandbox is over, its images are consumed, and restoring
-// them again gives a clone.
-var clones = []killpoint.Point{"agent/post-restore/verdict-recorded", "agent/post-restore/answering", "hook/post-restore/answered"}
-
 // start runs the container on a.
 func (c *cellRun) start() error {
 	if err := c.p.Host("a").Runc(c.p.ctx(), "run", "-d", "--bundle", c.bundle, c.id); err != nil {

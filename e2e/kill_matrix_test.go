@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"text/tabwriter"
@@ -79,6 +80,11 @@ func matrix(t *testing.T) []cell {
 				t.Fatalf("there is no journey %q", pl.journey)
 			}
 			cells = append(cells, cell{p, pl, false}, cell{p, pl, true})
+		}
+	}
+	for _, e := range expected {
+		if !slices.ContainsFunc(cells, func(c cell) bool { return regexp.MustCompile(e.cells).MatchString(string(c.point) + " " + c.role) }) {
+			t.Errorf("what is expected of %s is of no cell", e.cells)
 		}
 	}
 	if len(cells) != allCells {

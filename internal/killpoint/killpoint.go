@@ -1,5 +1,6 @@
-// Package killpoint lets a test end nsalloc's own processes at a chosen line, as if the power had failed
-// there: before and after every write that is durable, that leaves the process, or that others rest on.
+// Package killpoint lets a test end nsalloc's own processes at a chosen line by SIGKILL: before and after
+// every write that is durable, that leaves the process, or that others rest on. What the kernel was given
+// stays; a disk that loses what was not synced is not what is tried here.
 //
 // Without the build tag `killpoints` At is an empty function, which the compiler removes with its
 // argument: released binaries hold nothing of this package, and TestReleaseHasNone looks. With the tag,
