@@ -137,7 +137,7 @@ func (c *checker) find(promise, about string, r remedy, format string, args ...a
 		f.Fix += ". Mending: " + MendCost(f.keys[0].Kind)
 	}
 	if len(f.keys) > 1 {
-		f.Fix += ". To keep that one: nsalloc " + CommandLine(mendArgs(f.keys[1]))
+		f.Fix += ". Instead of that one: nsalloc " + CommandLine(mendArgs(f.keys[1]))
 	}
 	c.findings = append(c.findings, f)
 }

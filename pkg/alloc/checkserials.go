@@ -129,17 +129,26 @@ func (c *checker) counter(r Records) {
 	case r.Counter.Next == 0 || r.Counter.Next > MaxCounter+1:
 		c.find("P1", "counter", mend, "it is at %x, which cannot be", r.Counter.Next)
 	}
+	// One finding for all that one command mends: after a counter went back they are many.
+	behind, highest, whose := 0, Serial(0), ""
 	last := func(s Serial, about, who string, key Key) {
 		switch {
 		case !again(r, s):
 		case far(s, r.Pool.Generation):
 			c.find("P1", about, by(fromOutside, key), "%s has serial %s, the pool is in generation %d", who, s, r.Pool.Generation)
-		case s.Generation() > r.Pool.Generation:
-			c.find("P1", about, mend, "%s has serial %s, the pool is in generation %d", who, s, r.Pool.Generation)
 		default:
-			c.find("P1", about, mend, "%s has serial %s, and the pool will issue it again: its counter is at %x", who, s, r.Counter.Next)
+			behind++
+			if s > highest || s == highest && who < whose {
+				highest, whose = s, who
+			}
 		}
 	}
+	defer func() {
+		if behind > 0 {
+			c.find("P1", "counter", mend, "it is at %x in generation %d, and the pool will issue again what %d holders have, up to serial %s of %s",
+				r.Counter.Next, r.Pool.Generation, behind, highest, whose)
+		}
+	}()
 	for s, h := range c.serials {
 		last(s, "serial "+s.String(), h.who, h.key)
 	}
