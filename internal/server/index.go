@@ -2,6 +2,7 @@ package server
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -40,6 +41,10 @@ type index struct {
 	// unreadable leave all indexes.
 	unreadable map[alloc.Key]error
 	unread     map[alloc.Kind]uint64 // how many of a kind
+
+	// clashes: two sandboxes have, or had, one serial or namespace, of which only the later is found by it.
+	// The writer's alone.
+	clashes bool
 
 	texts map[string]string // one copy of each owner and boot id; the writer's alone
 
@@ -108,6 +113,9 @@ func (ix *index) prepare(key alloc.Key, record alloc.Record, unreadable error) (
 			u.bindings = append(u.bindings, alloc.Serial(b.GetSerial()))
 		}
 	}
+	if record == nil && ix.clashes {
+		return u, errClash
+	}
 	if sb, ok := record.(*alloc.Sandbox); ok {
 		msg := wire.SandboxToWire(sb)
 		u.bindings = nil
@@ -117,9 +125,25 @@ func (ix *index) prepare(key alloc.Key, record alloc.Record, unreadable error) (
 		if onHost(msg.State) {
 			u.live = ix.kernelKeys(msg)
 		}
+		ix.noteClashes(u, serial)
 		return u, ix.pack(&u.next, msg)
 	}
 	return u, nil
+}
+
+// errClash has the view read anew: when one of two that have a serial leaves (Mend), the other one is to
+// be found by it, and which that is the index does not know.
+var errClash = errors.New("a sandbox left that had a serial in common with another one")
+
+func (ix *index) noteClashes(u update, serial alloc.Serial) {
+	for _, s := range append(u.bindings, serial) {
+		e := ix.bySerial[s]
+		ix.clashes = ix.clashes || e != nil && e.serial != serial
+	}
+	for _, k := range u.live {
+		e := ix.byKernel[k]
+		ix.clashes = ix.clashes || e != nil && e.serial != serial
+	}
 }
 
 // apply is called by the writer, with the lock.

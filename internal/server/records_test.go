@@ -1,0 +1,67 @@
+package server
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client"
+)
+
+// TestMendOverTheWire: two sandboxes have one serial. What Check says mends it, for operators only, and the
+// one that keeps the serial is found by it.
+func TestMendOverTheWire(t *testing.T) {
+	r, st := serving(t)
+	ctx := t.Context()
+	a, op := join(t, r.dial("a"), "a"), r.dial("")
+	first, second := a.register(), a.register()
+	clash := *second
+	clash.Bindings = append([]alloc.Binding(nil), second.Bindings...)
+	clash.Bindings[0].Serial = first.Bindings[0].Serial
+	if _, err := st.Commit(ctx, alloc.Tx{Put: []alloc.Record{&clash}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Client.Check(ctx); alloc.ReasonOf(err) != alloc.ReasonCaller {
+		t.Errorf("a host checks: %v", err)
+	}
+	report, err := op.Check(ctx)
+	if err != nil || report.Total != 1 || len(report.Findings) != 1 {
+		t.Fatalf("%+v, %v", report, err)
+	}
+	cmd := alloc.MendCommand{RequestID: client.NewRequestID(), Kind: alloc.Kind(report.Findings[0].Mend[1]), ID: report.Findings[0].Mend[2]}
+	if cmd.ID != second.Serial.String() {
+		t.Errorf("the younger one is %s: %+v", second.Serial, report.Findings[0])
+	}
+	if _, err := a.Client.Mend(ctx, cmd); alloc.ReasonOf(err) != alloc.ReasonCaller {
+		t.Errorf("a host mends: %v", err)
+	}
+	done, err := op.Mend(ctx, cmd)
+	if err != nil || len(done.Changed) != 1 || done.Changed[0] != second.Key() || done.At.IsZero() {
+		t.Fatalf("%+v, %v", done, err)
+	}
+	if report, err = op.Check(ctx); err != nil || report.Total != 0 || report.Aside != 1 {
+		t.Errorf("afterwards: %+v, %v", report, err)
+	}
+	all := seen{}
+	cmd.RequestID = client.NewRequestID()
+	_, err = op.Mend(ctx, cmd)
+	all.refused(t, err, alloc.ReasonRecordNotFound, codes.NotFound, false)
+	cmd.ID = first.Serial.String()
+	_, err = op.Mend(ctx, cmd)
+	all.refused(t, err, alloc.ReasonNothingToMend, codes.FailedPrecondition, false)
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		found, err := op.Sandbox(ctx, first.Bindings[0].Serial, true)
+		if err == nil && found.Sandbox.Serial != first.Serial {
+			err = fmt.Errorf("it is of sandbox %s", found.Sandbox.Serial)
+		}
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("serial %s: %v", first.Bindings[0].Serial, err)
+		}
+	}
+}
