@@ -147,6 +147,17 @@ func TestService(t *testing.T) {
 	alloctest.TestService(t, func(t *testing.T) alloctest.Planter { return planted{newStore(t, shared.Endpoint())} })
 }
 
+// TestFaults: every write meets the pairs of faults that lose an answer.
+func TestFaults(t *testing.T) {
+	c := dial(t, Config{Endpoints: []string{shared.Endpoint()}})
+	alloctest.TestFaults(t, alloctest.Trouble{
+		Run:    func(t *testing.T, f func(t *testing.T)) { f(t) },
+		Store:  func(t *testing.T) alloc.Store { return open(t, c, fmt.Sprintf("p%d", pools.Add(1))) },
+		Faults: alloctest.Pair,
+		Source: "../../pkg/alloc",
+	})
+}
+
 func TestPoolsAreApart(t *testing.T) {
 	c := dial(t, Config{Endpoints: []string{shared.Endpoint()}})
 	names := []string{"apart", "apart-b", "apart.b", "apart0"}

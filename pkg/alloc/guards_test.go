@@ -15,10 +15,10 @@ import (
 
 // overtaken makes a use case with its commit held while meanwhile happens, and gives what it answers.
 // changed reports whether the store is other than meanwhile left it.
-func overtaken(t *testing.T, uc useCase, meanwhile func(t *testing.T, p *alloctest.Pool, s *held)) (err error, changed bool) {
+func overtaken(t *testing.T, uc alloctest.UseCase, meanwhile func(t *testing.T, p *alloctest.Pool, s *held)) (err error, changed bool) {
 	t.Helper()
 	bubble(t, func(t *testing.T, p *alloctest.Pool, s *held) {
-		call := uc.prepare(t, p)
+		call := uc.Prepare(t, p)
 		release := s.hold()
 		done := make(chan error, 1)
 		go func() {
@@ -37,8 +37,8 @@ func overtaken(t *testing.T, uc useCase, meanwhile func(t *testing.T, p *allocte
 
 // TestPoolClosesMeanwhile: nothing that was decided while the pool was open is committed when it is not.
 func TestPoolClosesMeanwhile(t *testing.T) {
-	for _, uc := range useCases() {
-		t.Run(uc.name, func(t *testing.T) {
+	for _, uc := range alloctest.UseCases() {
+		t.Run(uc.Name, func(t *testing.T) {
 			err, changed := overtaken(t, uc, func(t *testing.T, p *alloctest.Pool, s *held) {
 				pool, _, err := p.Pool(t.Context())
 				if err != nil {
@@ -59,11 +59,11 @@ func TestPoolClosesMeanwhile(t *testing.T) {
 
 // TestNewLifeMeanwhile: nothing that an older life of a host began is committed after a newer one's Hello.
 func TestNewLifeMeanwhile(t *testing.T) {
-	for _, uc := range useCases() {
-		if uc.name == "Allocate" || strings.HasPrefix(uc.name, "Hello") {
+	for _, uc := range alloctest.UseCases() {
+		if uc.Name == "Allocate" || strings.HasPrefix(uc.Name, "Hello") {
 			continue // not in the name of a life
 		}
-		t.Run(uc.name, func(t *testing.T) {
+		t.Run(uc.Name, func(t *testing.T) {
 			err, changed := overtaken(t, uc, func(t *testing.T, p *alloctest.Pool, s *held) {
 				entries, _, err := s.List(t.Context(), alloc.KindHost, "", 10, 0)
 				if err != nil {
