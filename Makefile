@@ -25,7 +25,7 @@ STORE  := $(addsuffix /...,$(wildcard ./internal/etcd*))
 # command:package. What the test hosts need, internal/testhost installs by itself.
 NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables
 
-.PHONY: help build test demo deps lint generate check-generated unit store fuzz-short fuzz e2e kill-matrix bench-hooks clean
+.PHONY: help build test demo deps lint generate check-generated unit store fuzz-short fuzz e2e kill-matrix mutants bench-hooks clean
 .PHONY: $(COMMANDS)
 
 help: ## print this list
@@ -158,6 +158,9 @@ kill-matrix: ## kill server, agents and hook at every point, 306 cells (as root)
 bench-hooks: build ## what the hook adds to a migration, beside no script and /bin/true (as root)
 	@export NSALLOC_BIN=$(CURDIR)/bin
 	go test ./e2e -run '^$$' -bench Hooks -benchtime 10x -timeout 15m
+
+mutants: ## break the code on purpose, a line at a time, and count what the tests catch (as root)
+	@go run ./internal/mutants
 
 clean: ## remove what a build leaves in the tree
 	rm -rf bin

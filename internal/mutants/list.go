@@ -1,0 +1,59 @@
+package main
+
+const (
+	domain     = "pkg/alloc"
+	agent      = "internal/agent"
+	etcd       = "internal/etcdstore"
+	serverTest = "internal/server"
+)
+
+// mutations is the list. What a line is for stands in its words; the test is named for what it proves.
+var mutations = []mutation{
+	// Epochs and incarnations: the fencing tokens.
+	{"no epoch compare", domain + "/handoff.go", "if s.Epoch != epoch {", "if false {", domain, "TestNextAgainstModel"},
+	{"no incarnation compare", domain + "/change.go", "if host.Incarnation != m.Incarnation {", "if false {", domain, "TestService/StaleCallers"},
+	{"a claim does not raise the epoch", domain + "/handoff.go", "StateClaimed, e.Claimant.Host, s.Epoch.next(at.Generation)", "StateClaimed, e.Claimant.Host, s.Epoch", domain, "TestService/StraightPath"},
+	{"the epoch goes back with a claim", domain + "/handoff.go", "	s.Claim = nil\n	s.closeStint(over, now)", "	s.Claim, s.Epoch = nil, s.Epoch-1\n	s.closeStint(over, now)", domain, "TestService/ReleaseBeforeAndAfterBind"},
+	{"a fence does not raise the epoch", domain + "/handoff.go", "	s.Epoch = s.Epoch.next(at.Generation)\n	s.closeStint(OverFenced", "	s.closeStint(OverFenced", domain, "TestNextTable"},
+	{"a state with another nonce goes on with the life", domain + "/hosts.go", "goesOn := host.Incarnation != 0 && host.Nonce == cmd.Nonce &&", "goesOn := host.Incarnation != 0 &&", domain, "TestService/HelloNewLife"},
+
+	// Which images may become what.
+	{"void accepted", domain + "/admit.go", "case c.State == CheckpointVoid:", "case false:", domain, "TestAdmit"},
+	{"consumed accepted twice", domain + "/admit.go", "case current && s.State == StateInTransit && c.State == CheckpointOpen:", "case current && (s.State == StateInTransit && c.State == CheckpointOpen || c.State == CheckpointConsumed):", domain, "TestAdmit"},
+	{"a restore does not consume its images", domain + "/handoff.go", "h.Checkpoint.State, h.Checkpoint.Consumed = CheckpointConsumed, at.Now", "h.Checkpoint.Consumed = at.Now", domain, "TestNextAgainstModel"},
+	{"older images of the same epoch claim", domain + "/admit.go", "current := s.Checkpoint == c.Serial", "current := true", domain, "TestAdmit"},
+	{"claim without waiting for the source", domain + "/admit.go", "case current && s.State == StateDumped:", "case false:", domain, "TestService/DumpVetoed"},
+	{"claim from a source that is still dumped", domain + "/handoff.go", "fresh := s.State == StateInTransit &&", "fresh := (s.State == StateInTransit || s.State == StateDumped) &&", domain, "TestNextTable"},
+	{"the claimant is the host, not the run", domain + "/handoff.go", "return s.Claim != nil && s.Claim.Claimant == who &&", "return s.Claim != nil && s.Claim.Host == who.Host &&", domain, "TestService/SecondClaimantWaits"},
+	{"manifest digest not compared", domain + "/admit.go", "case digest != c.Digest:", "case false:", domain, "TestAdmit"},
+	{"a late dump begins anew after it was taken back", domain + "/handoff.go", "		case s.State != StateDumped:\n			return s.wrongState(\"dump it as \"", "		case false:\n			return s.wrongState(\"dump it as \"", domain, "TestService/DumpVetoed"},
+
+	// Guards and lost answers.
+	{"the guard on the pool is left out", domain + "/change.go", "		w.tx.Guards = append(w.tx.Guards, Guard{Key: e.Key, Token: e.Token})", "		if e.Key.Kind != KindPool {\n			w.tx.Guards = append(w.tx.Guards, Guard{Key: e.Key, Token: e.Token})\n		}", domain, "TestPoolClosesMeanwhile"},
+	{"the guard on the host is left out", domain + "/change.go", "		w.tx.Guards = append(w.tx.Guards, Guard{Key: e.Key, Token: e.Token})", "		if e.Key.Kind != KindHost {\n			w.tx.Guards = append(w.tx.Guards, Guard{Key: e.Key, Token: e.Token})\n		}", domain, "TestNewLifeMeanwhile"},
+	{"the guard on the sandbox is left out", domain + "/change.go", "		w.tx.Guards = append(w.tx.Guards, Guard{Key: e.Key, Token: e.Token})", "		if e.Key.Kind != KindSandbox && e.Key.Kind != KindCheckpoint {\n			w.tx.Guards = append(w.tx.Guards, Guard{Key: e.Key, Token: e.Token})\n		}", domain, "TestLinearizable"},
+	{"the guard on the counter is left out", domain + "/issue.go", "Token: entries[0].Token}, {Key: entries[1].Key, Token: entries[1].Token}}", "Token: entries[0].Token}}", domain, "TestServersAtOnce"},
+	{"unknown outcome retried as new: a move", domain + "/request.go", "		if m.ID == id {", "		if false {", domain, "TestFaults"},
+	{"unknown outcome retried as new: serials", "pkg/client/retry.go", "unknown, mayRenew = err, false", "unknown, id = err, NewRequestID()", "pkg/client", "TestRetry"},
+	{"an unknown outcome is called none", domain + "/change.go", "			unknown = err\n", "", domain, "TestFaults"},
+	{"reused request id answered for another body", domain + "/request.go", "	if a != b {", "	if false {", domain, "TestService/Allocate"},
+	{"a forgotten request is taken for a new one", domain + "/request.go", "if id <= l.Forgotten {", "if false {", domain, "TestService/ForgottenRequests"},
+	{"serials spent before are spent again", domain + "/change.go", "	if !ok {\n		return &Error{Reason: ReasonRange", "	if !ok && false {\n		return &Error{Reason: ReasonRange", domain, "TestService/Register"},
+
+	// The store in etcd, and a server's answers.
+	{"absence is not compared", etcd + "/store.go", "		req.Compare = append(req.Compare, compare(key, g.Token))", "		if g.Token != \"\" {\n			req.Compare = append(req.Compare, compare(key, g.Token))\n		}", etcd, "TestStore/GuardsCompareAbsence"},
+	{"a lost answer of etcd is called not written", etcd + "/errors.go", "	case !onWire:", "	case !onWire || status.Code(err) == codes.Unavailable:", etcd, "TestAnswerLost"},
+	{"a linearizable read does not ask the store", serverTest + "/view.go", "	rev, err := v.store.Sync(ctx)", "	rev, err := alloc.Revision(0), ctx.Err()", serverTest, "TestLinearizable"},
+
+	// What the agent saw, and when it says so.
+	{"confirm without looking whether the tree died before its CRIU", agent + "/settle.go", "case n.deaths.stoppedLive() && !n.rec.Resumed:", "case !n.rec.Resumed:", agent, "TestEvidence/CRIU_first"},
+	{"zero given not written before the answer", agent + "/hook.go", "	rests := last || answer.Verdict", "	rests := answer.Verdict", agent, "TestEvidence/agent_restarted_meanwhile"},
+	{"release on exit code", agent + "/settle.go", "	if !treeGone {\n		tasks, err := a.tasksOf(ctx, n)", "	if false {\n		tasks, err := a.tasksOf(ctx, n)", agent, "TestRanUnasked"},
+	{"bind at setup-namespaces", agent + "/hook.go", "		return \"\", a.noteInit(n, req)", "		return a.postRestore(ctx, n, req)", agent, "TestBoundAtPostRestoreOnly"},
+	{"double delivery counted twice", agent + "/hook.go", "if given, ok := n.rec.Answers[req.Action]; ok {", "if given, ok := n.rec.Answers[req.Action]; ok && false {", agent, "TestTwiceIsOnce"},
+	{"late hook commits a dump after a veto", agent + "/dump.go", "	case n.rec.Closed:\n		return \"\", errors.New(\"this dump was refused before\")", "	case false:\n		return \"\", errors.New(\"this dump was refused before\")", agent, "TestVetoIsFinal/dump"},
+	{"late hook commits a restore after a veto", agent + "/restore.go", "	case n.rec.Closed:\n		return \"\", errors.New(\"this restore was refused before\")", "	case false:\n		return \"\", errors.New(\"this restore was refused before\")", agent, "TestVetoIsFinal/restore"},
+	{"an agent does not wait for the source", agent + "/restore.go", "e.Reason != alloc.ReasonNotConfirmed && e.Reason != alloc.ReasonClaimed", "e.Reason != \"\"", agent, "TestClaimWaitsForTheSource"},
+	{"a manifest that changed after the claim is used", agent + "/restore.go", "if digest != n.rec.Manifest || m.Images != set.Digest {", "if digest == n.rec.Manifest && m.Images != set.Digest {", agent, "TestManifestChangedAfterClaim"},
+	{"images swapped under their manifest", agent + "/restore.go", "	if m.Images != set.Digest {\n		return \"\", fmt.Errorf(\"%s is of other images", "	if false {\n		return \"\", fmt.Errorf(\"%s is of other images", agent, "TestTampered"},
+}
