@@ -69,6 +69,6 @@ func TestHistories(t *testing.T) {
 		}
 	}
 	if lost == 0 {
-		t.Error("no outcome was ever lost")
+		t.Error("no answer was ever lost")
 	}
 }

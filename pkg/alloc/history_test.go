@@ -94,7 +94,7 @@ func TestLinearizable(t *testing.T) {
 		})
 	}
 	if lost == 0 {
-		t.Error("no outcome was ever lost")
+		t.Error("no answer was ever lost")
 	}
 }
 

@@ -28,9 +28,10 @@ type History struct {
 	policy alloc.Policy
 	// strict: no answer was lost. Then what a mutation answers is what it left; else it is what stood there
 	// at some later moment, because a lost transaction is looked for, and may be found after others.
-	strict bool
-	clock  atomic.Int64
-	lost   atomic.Int64
+	strict  bool
+	clock   atomic.Int64
+	lost    atomic.Int64 // mutations whose outcome nobody learned
+	unknown atomic.Int64 // answers that were lost, of mutations and of what was asked again
 
 	mu     sync.Mutex
 	moves  []porcupine.Operation // guarded by mu: of asked and told
@@ -261,8 +262,8 @@ func stuck(model porcupine.Model, ops []porcupine.Operation, info porcupine.Line
 	return b.String()
 }
 
-// Lost is how many mutations there are whose outcome nobody learned.
-func (h *History) Lost() int { return int(h.lost.Load()) }
+// Lost is how many answers were lost; most mutations were asked again until one was not.
+func (h *History) Lost() int { return int(h.unknown.Load()) }
 
 // Check fails the test when the history is not linearizable. The drawing outlives the test.
 func (h *History) Check(t testing.TB) {
@@ -271,7 +272,7 @@ func (h *History) Check(t testing.TB) {
 	for _, op := range h.moves {
 		kinds[op.Input.(asked).What+" "+string(op.Output.(told).answer)]++
 	}
-	t.Logf("%d operations, %d lost, %d issues: %v", len(h.moves), h.lost.Load(), len(h.issues), kinds)
+	t.Logf("%d operations, %d issues, %d answers lost, %d for good: %v", len(h.moves), len(h.issues), h.unknown.Load(), h.lost.Load(), kinds)
 	if p := h.Problem(); p != "" {
 		t.Error(p)
 	}

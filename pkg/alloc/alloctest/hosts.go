@@ -164,6 +164,7 @@ func (w *worker) ask(ctx context.Context, call func(ctx context.Context) error) 
 		switch r := alloc.ReasonOf(err); r {
 		case alloc.ReasonUnknownOutcome:
 			unknown = true
+			w.h.c.unknown.Add(1)
 		case alloc.ReasonUnavailable, alloc.ReasonConflict:
 		case "", alloc.ReasonMalformed, alloc.ReasonInvalid:
 			return AnswerOf(err), err
@@ -174,7 +175,7 @@ func (w *worker) ask(ctx context.Context, call func(ctx context.Context) error) 
 			}
 			return AnswerOf(err), nil
 		}
-		if w.one(8) {
+		if w.one(8) || unknown && w.one(4) {
 			break // it gives up, as a host that is switched off does
 		}
 		pause(ctx, time.Duration(1+w.random.IntN(20))*time.Millisecond)
