@@ -115,12 +115,27 @@ func (s *Service) Mend(ctx context.Context, cmd MendCommand) (Mended, error) {
 		}
 		moves, err := all.mend(cmd, len(begun.Changed) > 0)
 		if err != nil {
+			// A lost transaction of this request may have come through between the two reads: what is refused
+			// then is what it has done already.
+			now, readErr := s.mended(ctx, cmd.RequestID, digest)
+			switch {
+			case readErr != nil:
+				return false, readErr
+			case len(now.Changed) != len(begun.Changed):
+				return false, errChanged
+			}
 			return true, err
 		}
-		if err := s.moveAside(ctx, cmd, digest, all, moves); err != nil {
-			return false, err
+		wrote, err := s.moveAside(ctx, cmd, digest, all, moves)
+		if err == nil {
+			wrote = true // all of it, now or before
+			done, err = s.mended(ctx, cmd.RequestID, digest)
 		}
-		done, err = s.mended(ctx, cmd.RequestID, digest)
+		if err != nil && wrote {
+			// To pass a failed read on would say that nothing was changed.
+			err = &Error{Reason: ReasonUnknownOutcome, Subject: cmd.key().String(), Msg: "a part of the mend, or all of it, was written, and then the store did not answer",
+				Fix: "ask again with the same request id", RetryAfter: retrySoon, Err: err}
+		}
 		return false, err
 	})
 	return done, err
@@ -159,13 +174,14 @@ const (
 	maxMoveBytes = 1 << 20
 )
 
-// moveAside commits the moves, as many as fit in one transaction, in their order. What was read for the
+// moveAside commits the moves, as many as fit in one transaction, in their order; wrote says that a
+// part of them is committed, also with an error. What was read for the
 // decision must not have changed since, but for records that are replaced whatever they say.
-func (s *Service) moveAside(ctx context.Context, cmd MendCommand, digest Digest, r all, moves []move) error {
+func (s *Service) moveAside(ctx context.Context, cmd MendCommand, digest Digest, r all, moves []move) (wrote bool, err error) {
 	if cmd.Kind == KindCounter { // or this process's own issuing would win over and over
 		release, err := s.holdCounter(ctx)
 		if err != nil {
-			return err
+			return wrote, err
 		}
 		defer release()
 	}
@@ -179,10 +195,10 @@ func (s *Service) moveAside(ctx context.Context, cmd MendCommand, digest Digest,
 		}
 		entries, at, err := s.store.Get(ctx, keys...)
 		if err != nil {
-			return err
+			return wrote, err
 		}
 		if entries[0].Revision > r.revision {
-			return errChanged
+			return wrote, errChanged
 		}
 		read := map[Key]Entry{}
 		for _, e := range entries {
@@ -197,18 +213,18 @@ func (s *Service) moveAside(ctx context.Context, cmd MendCommand, digest Digest,
 			}
 			n++
 			if err := m.into(&tx, e, r, at); err != nil {
-				return err
+				return wrote, err
 			}
 			if e.Token != "" {
 				tx.Put = append(tx.Put, &Aside{Request: cmd.RequestID, Of: e.Key, Value: []byte(e.Token), At: s.now(), Actor: cmd.Actor, Digest: digest})
 			}
 		}
 		if _, err := s.store.Commit(ctx, tx); err != nil {
-			return err
+			return wrote, err
 		}
-		moves = moves[n:]
+		wrote, moves = true, moves[n:]
 	}
-	return nil
+	return wrote, nil
 }
 
 // errChanged makes a mend start anew.

@@ -253,7 +253,7 @@ func (tr *troubled) everyWrite(t *testing.T) {
 		}
 	}
 	// Allocate commits in a goroutine of the service's, which says nothing of who asked.
-	const mutations = 13
+	const mutations = 14
 	if len(useCases) != mutations {
 		t.Errorf("%d use cases wrote, want %d: %v", len(useCases), mutations, useCases)
 	}

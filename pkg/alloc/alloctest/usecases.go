@@ -133,6 +133,16 @@ func UseCases() []UseCase {
 			return func(ctx context.Context) (any, error) { return p.Release(ctx, cmd) }
 		}},
 	}
+	for _, kind := range []alloc.Kind{alloc.KindSandbox, alloc.KindHost} {
+		list = append(list, UseCase{Name: "Mend " + string(kind), Prepare: func(_ *testing.T, p *Pool) call {
+			id := p.Agent("a").Sandbox().Serial.String()
+			if kind == alloc.KindHost {
+				id = "a"
+			}
+			cmd := alloc.MendCommand{RequestID: p.Request(), Actor: "operator/ann", Kind: kind, ID: id, Force: true}
+			return func(ctx context.Context) (any, error) { m, err := p.Mend(ctx, cmd); return answer(err, m.Changed) }
+		}})
+	}
 	for _, e := range []alloc.Evidence{alloc.SeenStopped, alloc.InDoubt, alloc.NotGiven} {
 		list = append(list, UseCase{Name: "Confirm " + string(e), Prepare: func(t *testing.T, p *Pool) call {
 			a := p.Agent("a")
