@@ -90,6 +90,8 @@ type Pool interface {
 	Sandbox(ctx context.Context, serial alloc.Serial) (*alloc.Sandbox, *alloc.Checkpoint, error)
 	// FindRun finds a checkpoint by CRIU's run id; alloc.ErrCheckpointNotFound when there is none.
 	FindRun(ctx context.Context, runID string) (*alloc.Checkpoint, error)
+	// Checkpoint reads one checkpoint; it may be a moment old.
+	Checkpoint(ctx context.Context, serial alloc.Serial) (*alloc.Checkpoint, error)
 }
 
 // Config is how an agent is set up.

@@ -283,3 +283,17 @@ func (p *testPool) FindRun(ctx context.Context, runID string) (*alloc.Checkpoint
 	}
 	return nil, alloc.ErrCheckpointNotFound
 }
+
+func (p *testPool) Checkpoint(ctx context.Context, serial alloc.Serial) (*alloc.Checkpoint, error) {
+	if err := p.read(); err != nil {
+		return nil, err
+	}
+	entries, _, err := p.store.Get(ctx, alloc.CheckpointKey(serial))
+	if err != nil {
+		return nil, err
+	}
+	if c, ok := entries[0].Record.(*alloc.Checkpoint); ok {
+		return c, nil
+	}
+	return nil, alloc.ErrCheckpointNotFound
+}

@@ -155,3 +155,8 @@ func (r *Remote) Sandbox(ctx context.Context, serial alloc.Serial) (*alloc.Sandb
 func (r *Remote) FindRun(ctx context.Context, runID string) (*alloc.Checkpoint, error) {
 	return r.c.CheckpointByRun(ctx, runID)
 }
+
+// Checkpoint reads one checkpoint.
+func (r *Remote) Checkpoint(ctx context.Context, serial alloc.Serial) (*alloc.Checkpoint, error) {
+	return r.c.Checkpoint(ctx, serial)
+}

@@ -7,8 +7,6 @@ import (
 	"os"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/nsalloc/nsalloc/internal/kernelns"
 	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
@@ -95,8 +93,11 @@ func (a *Agent) claimOnce(ctx context.Context, n *run, m *criuhook.Manifest, dig
 	answer, err := a.pool.Claim(ctx, alloc.ClaimCommand{
 		Mutation: a.registrar.mutation(), Checkpoint: m.Checkpoint, Digest: digest, BootID: a.bootID(), Run: n.key,
 	})
+	if err = a.registrar.failed(err); errors.Is(err, alloc.ErrManifest) {
+		err = a.altered(ctx, m, err)
+	}
 	if err != nil {
-		return answer, a.registrar.failed(err)
+		return answer, err
 	}
 	if answer.Outcome == alloc.MayClaim {
 		_ = a.registrar.moved(answer.Handoff, nil)
@@ -312,23 +313,4 @@ func (a *Agent) registerRestored(ctx context.Context, n *run, root kernelns.Proc
 		}
 	}
 	return nil
-}
-
-// readManifest reads the manifest through the image directory's descriptor: a regular file of bounded
-// size, never a link. os.ErrNotExist when there is none.
-func readManifest(dir *os.File) (*criuhook.Manifest, alloc.Digest, error) {
-	fd, err := unix.Openat(int(dir.Fd()), criuhook.ManifestName, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, alloc.Digest{}, &os.PathError{Op: "open", Path: criuhook.ManifestName, Err: err}
-	}
-	f := os.NewFile(uintptr(fd), criuhook.ManifestName)
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, alloc.Digest{}, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, alloc.Digest{}, fmt.Errorf("%s in the image directory is not a regular file", criuhook.ManifestName)
-	}
-	return criuhook.DecodeManifest(f)
 }
