@@ -34,7 +34,8 @@ type Manifest struct {
 	// Namespaces has one entry a namespace of the tree.
 	Namespaces []ManifestNamespace `json:"namespaces"`
 	// Images is the SHA-256 over the inventory, pstree and ids images, so that a genuine manifest
-	// under another dump's images is noticed.
+	// under another dump's images is noticed. The other images (memory, registers, files, mounts) are
+	// covered by nothing here: who can write them decides what CRIU restores, with root's rights.
 	Images alloc.Digest `json:"images"`
 }
 
