@@ -204,6 +204,9 @@ func TestNotReadable(t *testing.T) {
 	if _, err := decode(key, nil); !errors.Is(err, alloc.ErrMalformed) {
 		t.Errorf("an empty value: %v", err)
 	}
+	if _, err := decode((&alloc.Counter{}).Key(), []byte{8, 0}); !errors.Is(err, alloc.ErrMalformed) {
+		t.Errorf("a zero: %v", err)
+	}
 	value, err := proto.Marshal(&storepb.Counter{Generation: 1 << 16})
 	if err != nil {
 		t.Fatal(err)

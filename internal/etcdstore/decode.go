@@ -30,6 +30,9 @@ func decode(key alloc.Key, value []byte) (alloc.Record, error) {
 	if err := proto.Unmarshal(value, m); err != nil {
 		return nil, malformed(key, err)
 	}
+	if proto.Size(m) == 0 { // zeros that are written out: encode writes no such record
+		return nil, malformed(key, fmt.Errorf("every field is zero"))
+	}
 	if err := newer(m.ProtoReflect(), true); err != nil {
 		return nil, &alloc.Error{Reason: alloc.ReasonFormat, Subject: "record " + key.String(),
 			Msg: "a newer version wrote it", Fix: "run servers of that version, or a newer one", Err: err}

@@ -96,14 +96,14 @@ func DecodeManifest(r io.Reader) (*Manifest, alloc.Digest, error) {
 		Format int `json:"format"`
 	}
 	if err := json.Unmarshal(b, &probe); err != nil {
-		return nil, alloc.Digest{}, fmt.Errorf("manifest: not the JSON of a manifest: %w", err)
+		return nil, alloc.Digest{}, fmt.Errorf("manifest: not the JSON of a manifest: %w", brief(err))
 	}
 	if probe.Format != ManifestFormat {
 		return nil, alloc.Digest{}, formatError(probe.Format)
 	}
 	var m Manifest
 	if err := json.Unmarshal(b, &m); err != nil {
-		return nil, alloc.Digest{}, fmt.Errorf("manifest: %w", err)
+		return nil, alloc.Digest{}, fmt.Errorf("manifest: %w", brief(err))
 	}
 	// encoding/json takes names whatever their case, lets the last of two win and repairs broken UTF-8.
 	// What comes out written back tells.

@@ -163,6 +163,12 @@ func TestHostileManifests(t *testing.T) {
 			t.Errorf("%v after %d bytes", err, r.read)
 		}
 	})
+	t.Run("a number without an end", func(t *testing.T) {
+		_, _, err := DecodeManifest(strings.NewReader(`{"format":` + strings.Repeat("1", 1<<20) + "}"))
+		if err == nil || len(err.Error()) > 300 {
+			t.Errorf("refused with %d bytes: %.200v", len(err.Error()), err)
+		}
+	})
 	t.Run("read error", func(t *testing.T) {
 		broken := errors.New("disk")
 		if _, _, err := DecodeManifest(iotest.ErrReader(broken)); !errors.Is(err, broken) {

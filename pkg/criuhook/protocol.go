@@ -2,6 +2,7 @@ package criuhook
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -212,20 +213,30 @@ func decode(packet []byte, v any) error {
 		Version int `json:"version"`
 	}
 	if err := json.Unmarshal(packet, &probe); err != nil {
-		return fmt.Errorf("hook message: not the JSON of a request or response: %w", err)
+		return fmt.Errorf("hook message: not the JSON of a request or response: %w", brief(err))
 	}
 	if probe.Version != ProtocolVersion {
 		return versionError(probe.Version)
 	}
 	// Unknown fields pass: a newer hook of the same version may say more than an older agent knows.
 	if err := json.Unmarshal(packet, v); err != nil {
-		return fmt.Errorf("hook message: not the JSON of a request or response: %w", err)
+		return fmt.Errorf("hook message: not the JSON of a request or response: %w", brief(err))
 	}
 	return nil
 }
 
 func versionError(v int) error {
 	return fmt.Errorf("hook message: version %d, this program speaks %d; install nsalloc-hook and nsalloc-agent of one release", v, ProtocolVersion)
+}
+
+// brief keeps an error that quotes its input, as encoding/json does with numbers, from being as long.
+func brief(err error) error {
+	const most = 200
+	text := err.Error()
+	if len(text) <= most {
+		return err
+	}
+	return errors.New(strings.ToValidUTF8(text[:most], "") + "...")
 }
 
 // printable makes text fit for one line of a log: at most maxText bytes of valid UTF-8, cut between
