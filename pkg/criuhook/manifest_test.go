@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -175,6 +176,41 @@ func TestHostileManifests(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestChangedWhileRead: of a file that changes while it is read come bytes of both. They are refused, or they are
+// a manifest; then its digest is of these bytes, and so neither of the two that were written.
+func TestChangedWhileRead(t *testing.T) {
+	var texts [2]string
+	digests := map[alloc.Digest]bool{}
+	for i := range texts {
+		m := manifest()
+		m.Epoch, m.Namespaces = alloc.Epoch(1<<48+i+1), many(20)
+		for n := range m.Namespaces {
+			m.Namespaces[n].Serial += alloc.Serial(i * 1000)
+		}
+		b, digest, err := m.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		texts[i], digests[digest] = string(b), true
+	}
+	accepted := 0
+	for n := 1; n < len(texts[0]); n++ {
+		m, digest, err := DecodeManifest(io.MultiReader(strings.NewReader(texts[0][:n]), strings.NewReader(texts[1][n:])))
+		if err != nil {
+			continue
+		}
+		accepted++
+		b, _, err := m.Encode()
+		mixed := texts[0][:n] + texts[1][n:]
+		if err != nil || string(b) != mixed || digest != sha256.Sum256(b) || digests[digest] != (mixed == texts[0] || mixed == texts[1]) {
+			t.Fatalf("%d bytes of one and the rest of the other, %v: digest %s", n, err, digest)
+		}
+	}
+	if accepted == 0 {
+		t.Error("all were refused: the test shows nothing")
+	}
 }
 
 type endless struct{ read int }
