@@ -146,7 +146,7 @@ e2e: build ## real binaries, real CRIU, hosts of their own (as root)
 	export NSALLOC_BIN=$(CURDIR)/bin
 	$(GOTEST) -count=1 -v ./e2e/...
 
-# What the hosts of `make test` run a selection of. A point that is not hit is a failure.
+# `make test` runs a fixed selection of these cells. NSALLOC_KILL_CELLS selects others, by their names.
 kill-matrix: ## kill server, agents and hook at every point, 306 cells (as root)
 	@if [ "$$(id -u)" != 0 ]; then
 		echo "SKIP kill-matrix: namespaces, mounts and CRIU need root; run as root"
