@@ -328,7 +328,7 @@ func hostPID(p *pool) {
 	}
 	h := p.Host("a")
 	kill := func(pid string) {
-		if err := testpool.Output(h.Command(p.ctx(), "kill", "-9", pid), nil); err != nil {
+		if err := testpool.Output(h.Command(p.ctx(), "kill", "-9", "--", pid), nil); err != nil {
 			p.t.Fatal(err)
 		}
 	}
@@ -341,7 +341,7 @@ func hostPID(p *pool) {
 	if err == nil || !strings.Contains(string(log), "would leave it behind") {
 		p.t.Fatalf("a dump that leaves a task behind: %v", err)
 	}
-	kill(strings.TrimSpace(string(stray)))
+	kill("-" + strings.TrimSpace(string(stray))) // the group: a child that outlives it is one more stray
 	s = c.along(s, "a", "b", "a")
 	s = c.pidTaken(s, "a", "c", "b")
 	h = p.Host("b")

@@ -396,7 +396,7 @@ var File_nsalloc_v1_records_proto protoreflect.FileDescriptor
 const file_nsalloc_v1_records_proto_rawDesc = "" +
 	"\n" +
 	"\x18nsalloc/v1/records.proto\x12\n" +
-	"nsalloc.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16nsalloc/v1/types.proto\"\x0e\n" +
+	"nsalloc.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0e\n" +
 	"\fCheckRequest\"\xfe\x01\n" +
 	"\rCheckResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x1c\n" +
@@ -469,7 +469,6 @@ func file_nsalloc_v1_records_proto_init() {
 	if File_nsalloc_v1_records_proto != nil {
 		return
 	}
-	file_nsalloc_v1_types_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
