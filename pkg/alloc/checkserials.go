@@ -152,6 +152,11 @@ func (c *checker) counter(r Records) {
 	for s, h := range c.serials {
 		last(s, "serial "+s.String(), h.who, h.key)
 	}
+	for _, e := range r.Unreadable {
+		if s := serialIn(e.Key); s.Valid() {
+			last(s, "serial "+s.String(), nameOf(e.Key), e.Key)
+		}
+	}
 	for _, h := range r.Hosts {
 		for _, x := range h.Granted {
 			if x.Valid() {
@@ -166,6 +171,19 @@ func (c *checker) counter(r Records) {
 			}
 		}
 	}
+}
+
+// serialIn is the serial of the sandbox or the checkpoint that a key is of, 0 where it is of none. It is in
+// use also when the record under the key cannot be read.
+func serialIn(k Key) Serial {
+	if k.Kind != KindSandbox && k.Kind != KindCheckpoint {
+		return 0
+	}
+	var s Serial
+	if err := s.UnmarshalText([]byte(k.ID)); err != nil {
+		return 0
+	}
+	return s
 }
 
 // again reports whether the pool, as its record and its counter stand, would issue a serial some day.

@@ -1,6 +1,8 @@
 package alloc
 
 import (
+	"crypto/rand"
+	"encoding/binary"
 	"fmt"
 	"slices"
 	"strings"
@@ -116,6 +118,15 @@ func (r all) broken(k Key) []move {
 	return []move{{key: k}}
 }
 
+// named is the serial that the key of a record that cannot be read still shows to be in use; none for
+// all others.
+func (r all) named(k Key) Ranges {
+	if r.why(k).Err == nil {
+		return nil
+	}
+	return one(serialIn(k))
+}
+
 // one is a range of one serial; none of what cannot be a serial.
 func one(s Serial) Ranges {
 	if !s.Valid() {
@@ -139,6 +150,7 @@ func (r all) sandbox(id string) (moves []move, serials Ranges, err error) {
 		}
 	}
 	moves = append(moves, r.broken(key)...)
+	serials = append(serials, r.named(key)...)
 	for _, c := range r.Checkpoints {
 		if SandboxKey(c.Sandbox) == key || found != nil && c.Serial == found.Checkpoint && r.orphan(c) {
 			moves = append(moves, move{key: c.Key()})
@@ -147,6 +159,7 @@ func (r all) sandbox(id string) (moves []move, serials Ranges, err error) {
 	}
 	if found != nil {
 		moves = append(moves, r.broken(CheckpointKey(found.Checkpoint))...)
+		serials = append(serials, r.named(CheckpointKey(found.Checkpoint))...)
 	}
 	for _, o := range r.OldStints {
 		if SandboxKey(o.Sandbox) == key {
@@ -177,6 +190,7 @@ func (r all) checkpoint(id string) (moves []move, serials Ranges, err error) {
 		}
 	}
 	moves = append(moves, r.broken(key)...)
+	serials = append(serials, r.named(key)...)
 	for _, s := range r.Sandboxes {
 		switch {
 		case s.Checkpoint == 0 || CheckpointKey(s.Checkpoint) != key:
@@ -265,7 +279,7 @@ func (r all) request(id string) ([]move, Ranges, error) {
 }
 
 // nextGeneration is above every generation that a serial, or the pool, is of, so that nothing that the
-// records name is issued again.
+// records name is issued again. Its counter begins at a random point, for what the records have forgotten.
 func (r all) nextGeneration() ([]move, Ranges, error) {
 	top := r.Pool.Generation
 	see := func(s Serial) {
@@ -288,6 +302,9 @@ func (r all) nextGeneration() ([]move, Ranges, error) {
 	for _, c := range r.Checkpoints {
 		see(c.Serial)
 	}
+	for _, e := range r.Unreadable {
+		see(serialIn(e.Key))
+	}
 	for _, h := range r.Hosts {
 		for _, x := range h.Granted {
 			see(x.First)
@@ -301,7 +318,7 @@ func (r all) nextGeneration() ([]move, Ranges, error) {
 	if top >= MaxGeneration {
 		return nil, nil, refuse(ReasonExhausted, "pool "+r.Pool.UUID, "it is in generation %d, and no generation is left", r.Pool.Generation)
 	}
-	next := top + 1
+	next, start := top+1, randomStart()
 	return []move{
 		{key: Key{Kind: KindPool}, with: func(now Entry, _ Revision) Record {
 			p := *now.Record.(*Pool)
@@ -313,8 +330,17 @@ func (r all) nextGeneration() ([]move, Ranges, error) {
 			if before, ok := now.Record.(*Counter); ok {
 				c = *before
 			}
-			c.Generation, c.Next, c.Nonce = next, 1, newNonce()
+			c.Generation, c.Next, c.Nonce = next, start, newNonce()
 			return &c
 		}},
 	}, nil, nil
+}
+
+// randomStart is where the counter of a generation begins that is not the pool's first: somewhere in its
+// lower half. A store that was put back does not know of the generations that it has had since, and would
+// number the next one as one of those.
+func randomStart() uint64 {
+	var b [8]byte
+	_, _ = rand.Read(b[:]) // never fails (crypto/rand)
+	return 1 + binary.BigEndian.Uint64(b[:])%(MaxCounter/2)
 }

@@ -51,6 +51,8 @@ func TestMend(t *testing.T, factory func(t *testing.T) Planter) {
 	t.Run("Refuses", func(t *testing.T) { testMendRefuses(t, NewLively(t, factory(t))) })
 	t.Run("CutOff", func(t *testing.T) { testMendCutOff(t, NewLively(t, factory(t))) })
 	t.Run("OtherChoice", func(t *testing.T) { testMendOtherChoice(t, NewLively(t, factory(t))) })
+	t.Run("PutBack", func(t *testing.T) { testMendPutBack(t, NewLively(t, factory(t))) })
+	t.Run("UnreadableAhead", func(t *testing.T) { testMendUnreadableAhead(t, NewLively(t, factory(t))) })
 	t.Run("Request", func(t *testing.T) { testMendRequest(t, NewLively(t, factory(t))) })
 }
 

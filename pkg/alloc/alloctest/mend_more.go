@@ -168,3 +168,38 @@ func testMendRequest(t *testing.T, l *Lively) {
 	cmd.RequestID = l.Request()
 	must[alloc.Ranges](t)(l.Allocate(t.Context(), cmd))
 }
+
+// testMendPutBack: a store that was put back to before its counter was mended takes the same generation
+// again, and meets none of the serials that it has issued there.
+func testMendPutBack(t *testing.T, l *Lively) {
+	before := everything(t, l.Store)
+	issued := alloc.Ranges{}
+	for range 2 {
+		must[alloc.Mended](t)(l.Mend(t.Context(), alloc.MendCommand{RequestID: l.Request(), Actor: "operator/ann", Kind: alloc.KindCounter, Force: true}))
+		now := everything(t, l.Store)
+		if now.Counter.Generation != 2 || now.Counter.Next < 1 || now.Counter.Next > alloc.MaxCounter/2+1 {
+			t.Fatalf("the counter is %+v", now.Counter)
+		}
+		got := must[alloc.Ranges](t)(l.Allocate(t.Context(), alloc.AllocateCommand{RequestID: l.Request(), Caller: "c", Count: 1000}))
+		for s := range got.All() {
+			if issued.Contains(s) {
+				t.Fatalf("serial %s was issued twice", s)
+			}
+		}
+		issued = append(issued, got...)
+		l.replace(t, everything(t, l.Store), before)
+	}
+}
+
+// testMendUnreadableAhead: that a serial is in use is still told by the key of a record that cannot be read.
+// It does not leave the records as long as the pool would issue it again.
+func testMendUnreadableAhead(t *testing.T, l *Lively) {
+	r := everything(t, l.Store)
+	for i, kind := range []alloc.Kind{alloc.KindSandbox, alloc.KindCheckpoint} {
+		serial := alloc.Serial(1<<48 | r.Counter.Next + 5 + uint64(i))
+		plant(t, l.Store, alloc.Key{Kind: kind, ID: serial.String()}, Malformed)
+		_, err := l.Mend(t.Context(), alloc.MendCommand{RequestID: l.Request(), Kind: kind, ID: serial.String()})
+		refused(t, err, alloc.ErrMendFirst)
+	}
+	l.mendAll(t, "P1", alloc.KindCounter, reads(r))
+}

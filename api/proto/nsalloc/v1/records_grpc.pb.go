@@ -51,7 +51,8 @@ type RecordsClient interface {
 	//	request     put aside. A retry of it is refused (REQUEST_EXPIRED), and so is every older request that is
 	//	            not committed.
 	//	counter     the pool goes into the generation after the highest that a serial in its records is of:
-	//	            no range of an earlier one is spent any more, and no serial changes.
+	//	            no range of an earlier one is spent any more, and no serial changes. The counter begins at a
+	//	            random point of its lower half.
 	//
 	// Put aside means: every record that is deleted or changed is kept under aside/REQUEST/KIND/ID, byte by
 	// byte, in the same transaction. Nothing reads it there, and nothing deletes it.
@@ -63,7 +64,7 @@ type RecordsClient interface {
 	// Errors: NOT_FOUND (RECORD_NOT_FOUND) when there is no such record; FAILED_PRECONDITION: NOTHING_TO_MEND
 	// when Check finds nothing about that object, unless force is set, and MEND_FIRST when something else has to
 	// be mended before, which the error names: no serial leaves the records that the pool, or a host, could
-	// still issue. INTERNAL (FORMAT_UNSUPPORTED) when a newer version wrote the record, unless force is set;
+	// still issue, and FORMAT_UNSUPPORTED when a newer version wrote the record, unless force is set;
 	// INVALID_ARGUMENT for a kind or an id that cannot be.
 	Mend(ctx context.Context, in *MendRequest, opts ...grpc.CallOption) (*MendResponse, error)
 }
@@ -124,7 +125,8 @@ type RecordsServer interface {
 	//	request     put aside. A retry of it is refused (REQUEST_EXPIRED), and so is every older request that is
 	//	            not committed.
 	//	counter     the pool goes into the generation after the highest that a serial in its records is of:
-	//	            no range of an earlier one is spent any more, and no serial changes.
+	//	            no range of an earlier one is spent any more, and no serial changes. The counter begins at a
+	//	            random point of its lower half.
 	//
 	// Put aside means: every record that is deleted or changed is kept under aside/REQUEST/KIND/ID, byte by
 	// byte, in the same transaction. Nothing reads it there, and nothing deletes it.
@@ -136,7 +138,7 @@ type RecordsServer interface {
 	// Errors: NOT_FOUND (RECORD_NOT_FOUND) when there is no such record; FAILED_PRECONDITION: NOTHING_TO_MEND
 	// when Check finds nothing about that object, unless force is set, and MEND_FIRST when something else has to
 	// be mended before, which the error names: no serial leaves the records that the pool, or a host, could
-	// still issue. INTERNAL (FORMAT_UNSUPPORTED) when a newer version wrote the record, unless force is set;
+	// still issue, and FORMAT_UNSUPPORTED when a newer version wrote the record, unless force is set;
 	// INVALID_ARGUMENT for a kind or an id that cannot be.
 	Mend(context.Context, *MendRequest) (*MendResponse, error)
 	mustEmbedUnimplementedRecordsServer()
