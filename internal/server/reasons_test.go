@@ -244,7 +244,7 @@ func (s seen) pool(t *testing.T) {
 	s.refused(t, allocate(), alloc.ReasonRecovering, codes.Unavailable, true)
 
 	change(st, pool, func(r alloc.Record) { r.(*alloc.Pool).Format = alloc.FormatVersion + 1 })
-	s.refused(t, allocate(), alloc.ReasonFormat, codes.Internal, false)
+	s.refused(t, allocate(), alloc.ReasonFormat, codes.FailedPrecondition, false)
 	eventually(t, "reads are refused too", func() bool {
 		_, _, err := c.Pool(ctx)
 		return alloc.ReasonOf(err) == alloc.ReasonFormat

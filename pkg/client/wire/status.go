@@ -36,7 +36,7 @@ var reasonCodes = map[alloc.Reason]codes.Code{
 	alloc.ReasonPoolMissing:        codes.FailedPrecondition,
 	alloc.ReasonPoolExists:         codes.AlreadyExists,
 	alloc.ReasonRecovering:         codes.Unavailable,
-	alloc.ReasonFormat:             codes.Internal,
+	alloc.ReasonFormat:             codes.FailedPrecondition,
 	alloc.ReasonMalformed:          codes.DataLoss,
 	alloc.ReasonStaleIncarnation:   codes.FailedPrecondition,
 	alloc.ReasonStaleEpoch:         codes.FailedPrecondition,
