@@ -86,6 +86,7 @@ type update struct {
 	// Of a sandbox:
 	next     entry
 	bindings []alloc.Serial // the old record's when it was deleted
+	left     []alloc.Serial // of the old record, and not of the new one
 	gone     []kernelKey    // the old record's
 	live     []kernelKey    // the new record's
 }
@@ -118,14 +119,14 @@ func (ix *index) prepare(key alloc.Key, record alloc.Record, unreadable error) (
 	}
 	if sb, ok := record.(*alloc.Sandbox); ok {
 		msg := wire.SandboxToWire(sb)
-		u.bindings = nil
+		u.left, u.bindings = u.bindings, nil
 		for _, b := range sb.Bindings {
 			u.bindings = append(u.bindings, b.Serial)
 		}
+		u.left = slices.DeleteFunc(u.left, func(s alloc.Serial) bool { return slices.Contains(u.bindings, s) })
 		if onHost(msg.State) {
 			u.live = ix.kernelKeys(msg)
 		}
-		ix.noteClashes(u, serial)
 		return u, ix.pack(&u.next, msg)
 	}
 	return u, nil
@@ -212,6 +213,13 @@ func (ix *index) applySandbox(u update) {
 		ix.owners[u.next.owner] = with(ix.owners[u.next.owner], e)
 	}
 	*e = u.next
+	// What one sandbox parts with another one of the same revision gets: that is no clash.
+	for _, s := range u.left {
+		if ix.bySerial[s] == e {
+			delete(ix.bySerial, s)
+		}
+	}
+	ix.noteClashes(u, serial)
 	ix.bySerial[serial] = e
 	for _, s := range u.bindings {
 		ix.bySerial[s] = e

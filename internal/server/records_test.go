@@ -65,3 +65,44 @@ func TestMendOverTheWire(t *testing.T) {
 		}
 	}
 }
+
+// TestPartedIsNoClash: a namespace that went from one sandbox to another is found there, and nothing is
+// read anew for it when a third sandbox is put aside.
+func TestPartedIsNoClash(t *testing.T) {
+	r, _ := serving(t)
+	ctx := t.Context()
+	a, op := join(t, r.dial("a"), "a"), r.dial("")
+	from, other := a.register(), a.register()
+	granted, err := a.Grant(ctx, alloc.GrantCommand{Mutation: a.mutation(), Count: 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	spend, _, _ := granted.Take(1)
+	b := from.Bindings[0]
+	out, _, err := a.Register(ctx, alloc.RegisterCommand{Mutation: a.mutation(), Spend: spend, Items: []alloc.RegisterItem{
+		{Sandbox: from.Serial, Epoch: from.Epoch, Part: []alloc.Serial{b.Serial}},
+		{Sandbox: spend[0].First, Add: []alloc.Binding{{Serial: b.Serial, Type: b.Type, Kernel: b.Kernel}}},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := op.Mend(ctx, alloc.MendCommand{RequestID: client.NewRequestID(), Kind: alloc.KindSandbox, ID: other.Serial.String(), Force: true}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := op.Sandbox(ctx, other.Serial, true); alloc.ReasonOf(err) != alloc.ReasonSerialNotFound {
+		t.Errorf("what was put aside: %v", err)
+	}
+	for what, find := range map[string]func() (client.Found, error){
+		"serial":    func() (client.Found, error) { return op.Sandbox(ctx, b.Serial, true) },
+		"namespace": func() (client.Found, error) { return op.SandboxOf(ctx, "a", b.Type, b.Kernel, true) },
+	} {
+		if f, err := find(); err != nil || f.Sandbox.Serial != out[1].Serial {
+			t.Errorf("by its %s it is found in %+v, %v; want %s", what, f.Sandbox, err, out[1].Serial)
+		}
+	}
+	r.view.mu.RLock()
+	defer r.view.mu.RUnlock()
+	if r.view.loads != 1 {
+		t.Errorf("the view was loaded %d times", r.view.loads)
+	}
+}
