@@ -30,7 +30,10 @@ Exit code 1 when there are findings.`,
 		Example: `  nsalloc check
   nsalloc check -o json`,
 		Args: usageArgs(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error { return c.withPool(cmd.Context(), c.check) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c.takesLong(cmd)
+			return c.withPool(cmd.Context(), c.check)
+		},
 	}
 }
 

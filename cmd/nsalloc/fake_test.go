@@ -34,6 +34,15 @@ type fake struct {
 
 	history    []*nsallocv1.Stint // of every sandbox; nil: the server does not have the call
 	unreadable uint64             // of each kind
+
+	patience func(time.Duration) // told how long Check and Mend may take; nil: nobody asks
+}
+
+// waits tells how long the caller waits.
+func (f *fake) waits(ctx context.Context) {
+	if until, ok := ctx.Deadline(); ok && f.patience != nil {
+		f.patience(time.Until(until))
+	}
 }
 
 type records struct {
@@ -187,7 +196,8 @@ func (f fakeHandoff) ListCheckpoints(_ context.Context, r *nsallocv1.ListCheckpo
 	return &nsallocv1.ListCheckpointsResponse{Checkpoints: some, NextPageToken: next, Revision: 42, Unreadable: f.unreadable}, nil
 }
 
-func (f fakeRecords) Check(context.Context, *nsallocv1.CheckRequest) (*nsallocv1.CheckResponse, error) {
+func (f fakeRecords) Check(ctx context.Context, _ *nsallocv1.CheckRequest) (*nsallocv1.CheckResponse, error) {
+	f.waits(ctx)
 	report := alloc.Report{Revision: 42, Sandboxes: len(f.sandboxes), Checkpoints: len(f.checkpoints), Hosts: len(f.hosts)}
 	var r alloc.Records
 	for _, s := range f.sandboxes {
@@ -202,7 +212,8 @@ func (f fakeRecords) Check(context.Context, *nsallocv1.CheckRequest) (*nsallocv1
 	return wire.ReportToWire(report), nil
 }
 
-func (f fakeRecords) Mend(_ context.Context, r *nsallocv1.MendRequest) (*nsallocv1.MendResponse, error) {
+func (f fakeRecords) Mend(ctx context.Context, r *nsallocv1.MendRequest) (*nsallocv1.MendResponse, error) {
+	f.waits(ctx)
 	switch {
 	case r.Id == "0001000000000070":
 		return wire.MendedToWire(alloc.Mended{Revision: 43, At: noon, Changed: []alloc.Key{alloc.CheckpointKey(1<<48 | 0x71), alloc.SandboxKey(1<<48 | 0x70)}}), nil

@@ -45,7 +45,10 @@ mended before; the message says what.`,
 			return usageArgs(cobra.RangeArgs(1, 2))(cmd, args)
 		},
 		ValidArgs: names,
-		RunE:      func(cmd *cobra.Command, args []string) error { return c.mend(cmd.Context(), args, f) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c.takesLong(cmd)
+			return c.mend(cmd.Context(), args, f)
+		},
 	}
 	cmd.Flags().BoolVar(&f.yes, "yes", false, "mend without asking")
 	cmd.Flags().BoolVar(&f.force, "force", false, "also what check finds nothing about, or what a newer version wrote")

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/nsalloc/nsalloc/internal/etcdembed"
 	"github.com/nsalloc/nsalloc/internal/etcdstore"
@@ -125,6 +126,23 @@ func TestMendAsPrinted(t *testing.T) {
 	} {
 		if code, out := shell(t, address, line); code != want {
 			t.Errorf("%s: exit code %d, want %d: %s", line, code, want, out)
+		}
+	}
+}
+
+// TestPatience: what reads all records of a pool is waited for longer than an answer, unless somebody says
+// how long.
+func TestPatience(t *testing.T) {
+	for line, want := range map[string][2]time.Duration{
+		"check":                               {5 * time.Minute, patient},
+		"check --timeout 9s":                  {time.Second, 9 * time.Second},
+		"mend sandbox 0001000000000070 --yes": {5 * time.Minute, patient},
+		"mend sandbox 0001000000000070 --yes --timeout 9s": {time.Second, 9 * time.Second},
+	} {
+		var got time.Duration
+		f := &fake{patience: func(d time.Duration) { got = d }}
+		if code, _, errs := invoke(t, f, strings.Fields(line)...); code != exitOK || got < want[0] || got > want[1] {
+			t.Errorf("%s: it waits %s, want %s to %s; exit code %d: %s", line, got, want[0], want[1], code, errs)
 		}
 	}
 }

@@ -92,7 +92,7 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 conflict, 5 unavailable.`,
 	f.StringVar(&c.server, "server", c.getenv("NSALLOC_SERVER"), "`ADDRESS` of a server: unix:///PATH or HOST:PORT (env NSALLOC_SERVER; default: the agent's in "+criuhook.ConfigPath+", else "+d.Server+")")
 	f.StringVar(&c.agent, "agent", c.getenv("NSALLOC_AGENT"), "`ADDRESS` of this host's agent: unix:///PATH (env NSALLOC_AGENT; default: from "+criuhook.ConfigPath+", else unix://"+d.AgentSocket+")")
 	f.StringVarP(&c.output, "output", "o", "table", "`FORMAT` of the answer: "+strings.Join(formats, ", "))
-	f.DurationVar(&c.timeout, "timeout", 10*time.Second, "give up after this `TIME`; 0 waits for ever")
+	f.DurationVar(&c.timeout, "timeout", 10*time.Second, "give up after this `TIME`, check and mend after "+patient.String()+"; 0 waits for ever")
 	f.BoolVar(&c.noColor, "no-color", false, "no colours (env NO_COLOR); there are none unless on a terminal")
 	f.BoolVar(&c.insecure, "insecure", false, "allow plain text to a server on another machine (env NSALLOC_INSECURE; "+criuhook.ConfigPath+" can allow it for its own server)")
 	must(root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp)))
@@ -188,6 +188,16 @@ func (c *cli) settle(root hostRoot) error {
 func (c *cli) settleHere() {
 	if err := c.settle("/"); err != nil {
 		c.warn("the agent's configuration is not heeded; mend it, or say --server and --agent: %v", err)
+	}
+}
+
+// patient is what commands are given that read all records of a pool.
+const patient = 10 * time.Minute
+
+// takesLong has a command wait longer than others, unless the caller has said how long.
+func (c *cli) takesLong(cmd *cobra.Command) {
+	if !cmd.Flags().Changed("timeout") {
+		c.timeout = patient
 	}
 }
 
