@@ -60,3 +60,21 @@ func TestCheckOfParts(t *testing.T) {
 		t.Errorf("without pool, counter, requests and older stints: %+v", f)
 	}
 }
+
+// TestCheckReachesOver: a range is compared with all that it reaches over, not with its neighbour alone.
+func TestCheckReachesOver(t *testing.T) {
+	at := func(first alloc.Serial, n uint64) alloc.Ranges { return alloc.Ranges{{First: 1<<48 | first, Count: n}} }
+	found := alloc.Check(alloc.Records{
+		Requests:    []*alloc.Request{{ID: "a", Ranges: at(1, 100)}, {ID: "b", Ranges: at(2, 2)}, {ID: "c", Ranges: at(50, 10)}, {ID: "d", Ranges: at(200, 5)}},
+		Checkpoints: []*alloc.Checkpoint{{Serial: 1<<48 | 70}, {Serial: 1<<48 | 101}, {Serial: 1<<48 | 204}},
+	})
+	clashes := 0
+	for _, f := range found {
+		if f.Promise == "P1" {
+			clashes++
+		}
+	}
+	if clashes != 4 {
+		t.Errorf("%d clashes, want 4: b and c with a, and two checkpoints with a and d: %+v", clashes, found)
+	}
+}

@@ -87,15 +87,29 @@ func (c *checker) ranges(r Records) {
 		}
 		return c.either(fromOutside, a, b)
 	}
+	// furthest[i] is the one of the first i+1 that reaches furthest: it may reach over several that follow.
+	furthest := make([]int, len(all))
 	for i := 1; i < len(all); i++ {
-		if a, b := all[i-1], all[i]; a.Last() >= b.First {
+		a, b := all[furthest[i-1]], all[i]
+		if a.Last() >= b.First {
 			c.find("P1", b.about, clash(a.key, b.key), "range %s is of %s, and range %s of %s", b.Range, b.who, a.Range, a.who)
+		}
+		if furthest[i] = furthest[i-1]; b.Last() > a.Last() {
+			furthest[i] = i
 		}
 	}
 	for s, h := range c.serials {
-		i, _ := slices.BinarySearchFunc(all, s, func(h held, s Serial) int { return cmp.Compare(h.Last(), s) })
-		if i < len(all) && all[i].Contains(s) {
-			c.find("P1", "serial "+s.String(), clash(h.key, all[i].key), "it is of %s, and in range %s of %s", h.who, all[i].Range, all[i].who)
+		after, _ := slices.BinarySearchFunc(all, s, func(h held, s Serial) int {
+			if h.First <= s {
+				return -1
+			}
+			return 1
+		})
+		if after == 0 {
+			continue
+		}
+		if x := all[furthest[after-1]]; x.Contains(s) {
+			c.find("P1", "serial "+s.String(), clash(h.key, x.key), "it is of %s, and in range %s of %s", h.who, x.Range, x.who)
 		}
 	}
 }
