@@ -132,11 +132,14 @@ type Agent struct {
 	settling settling
 	tally    tally
 	parked   map[task]bool // what the last look for forgotten trees saw; orphanLoop's
-	swept    atomic.Pointer[time.Time]
-	trouble  atomic.Pointer[string] // why the pool is not reached; nil when it is
-	poolRec  atomic.Pointer[alloc.Pool]
-	joined   chan struct{} // closed after the first Hello and the first reading of our sandboxes
-	joinOnce sync.Once
+	// stood are the restored sandboxes whose tree was seen parked once, ran those whose tree was seen to run,
+	// each in which epoch; orphanLoop's.
+	stood, ran map[alloc.Serial]alloc.Epoch
+	swept      atomic.Pointer[time.Time]
+	trouble    atomic.Pointer[string] // why the pool is not reached; nil when it is
+	poolRec    atomic.Pointer[alloc.Pool]
+	joined     chan struct{} // closed after the first Hello and the first reading of our sandboxes
+	joinOnce   sync.Once
 }
 
 // New prepares an agent: it reads its state, which must be this host's, and looks at the kernel. The
@@ -168,6 +171,7 @@ func New(cfg Config, pool Pool) (*Agent, error) {
 	a := &Agent{
 		cfg: cfg, log: cfg.Log, kernel: kernel, pool: pool, state: state, exits: exits, host: host,
 		book: newBook(), kick: make(chan struct{}, 1), settling: newSettling(), joined: make(chan struct{}),
+		stood: map[alloc.Serial]alloc.Epoch{}, ran: map[alloc.Serial]alloc.Epoch{},
 	}
 	a.registrar = newRegistrar(a)
 	a.runs = newRuns(a)

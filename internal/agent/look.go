@@ -187,6 +187,12 @@ func fileID(path string) string {
 
 // inhabited reports whether a process lives in a namespace of the sandbox.
 func (a *Agent) inhabited(ctx context.Context, s *alloc.Sandbox) (bool, error) {
+	tasks, err := a.inhabitants(ctx, s)
+	return len(tasks) > 0, err
+}
+
+// inhabitants lists the processes that live in a namespace of the sandbox and are not on their way out.
+func (a *Agent) inhabitants(ctx context.Context, s *alloc.Sandbox) ([]task, error) {
 	own := map[string]bool{}
 	for _, b := range s.Bindings {
 		if b.Live() && b.Kernel.BootID == a.bootID() {
@@ -195,16 +201,19 @@ func (a *Agent) inhabited(ctx context.Context, s *alloc.Sandbox) (bool, error) {
 	}
 	procs, err := a.kernel.Sweep(ctx)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
+	var list []task
 	for _, p := range procs {
+		lives := task{p.PID, p.StartTime}
 		for t, k := range p.Namespaces {
-			if own[k.Key(t)] && !isDying(task{p.PID, p.StartTime}) {
-				return true, nil
+			if own[k.Key(t)] && !isDying(lives) {
+				list = append(list, lives)
+				break
 			}
 		}
 	}
-	return false, nil
+	return list, nil
 }
 
 // isDying reads from /proc whether a task has a SIGKILL pending or is on its way out: then it never

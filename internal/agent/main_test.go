@@ -124,6 +124,8 @@ type order struct {
 	// Tree is the clone flags of a task to make; Parked one that executes CRIU's program.
 	Tree   uintptr `json:",omitempty"`
 	Parked bool    `json:",omitempty"`
+	// Program is what the task executes otherwise; empty for sleep.
+	Program string `json:",omitempty"`
 	// Net is the network namespace for it to join.
 	Net string `json:",omitempty"`
 	// Action is to be brought by a hook, with what Without does not name.
@@ -166,6 +168,9 @@ func fakeCRIU() {
 
 func makeTree(o order) said {
 	c := exec.Command("sleep", "3600")
+	if o.Program != "" {
+		c = exec.Command(o.Program)
+	}
 	if o.Parked {
 		c = exec.Command("/proc/self/exe")
 		c.Env = append(os.Environ(), roleVar+"=parked")

@@ -2,6 +2,9 @@ package agent
 
 import (
 	"context"
+	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
@@ -9,7 +12,7 @@ import (
 
 // orphanLoop deals with hand-offs of ours that no open run knows: the agent's disk was lost, or a claim
 // or a dump that had been given up got through late. What is not known counts as given: the tree may
-// have gone on.
+// have gone on, but where it is seen parked.
 func (a *Agent) orphanLoop(ctx context.Context) error {
 	if err := a.waitJoined(ctx); err != nil {
 		return nil // ctx ended
@@ -19,7 +22,7 @@ func (a *Agent) orphanLoop(ctx context.Context) error {
 	trouble := ""
 	for {
 		for _, s := range a.book.all() {
-			if s.State != alloc.StateDumped && s.State != alloc.StateClaimed || a.runs.holds(s.Serial) {
+			if !a.mayBeOrphan(s) {
 				continue
 			}
 			try, cancel := context.WithTimeout(ctx, callTimeout)
@@ -30,12 +33,27 @@ func (a *Agent) orphanLoop(ctx context.Context) error {
 				a.log.Warn("a hand-off that no run on disk knows is not settled yet", "sandbox", s.Serial, "cause", err)
 			}
 		}
+		over := func(s alloc.Serial, _ alloc.Epoch) bool { return a.book.sandbox(s) == nil }
+		maps.DeleteFunc(a.stood, over)
+		maps.DeleteFunc(a.ran, over)
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-t.C:
 		}
 	}
+}
+
+// mayBeOrphan reports whether a sandbox is in a hand-off that no open run knows; or was restored, and has
+// not been seen to run since.
+func (a *Agent) mayBeOrphan(s *alloc.Sandbox) bool {
+	switch s.State {
+	case alloc.StateDumped, alloc.StateClaimed:
+		return !a.runs.holds(s.Serial)
+	case alloc.StateRunning:
+		return s.Claim != nil && s.Claim.BootID == a.bootID() && a.ran[s.Serial] != s.Epoch && !a.runs.holds(s.Serial)
+	}
+	return false
 }
 
 func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
@@ -80,8 +98,73 @@ func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
 		err = a.registrar.moved(h, err)
 		a.orphanSettled(h, err)
 		return err
+	case alloc.StateRunning:
+		return a.endParked(ctx, s)
 	}
 	return nil
+}
+
+// endParked takes a restore back that was committed, that nobody remembers, and whose CRIU has left the tree
+// parked: it is ended and seen dead before anything but us may look, because a dead tree says no more that
+// it never ran. If we die in between, or the pool is away, it counts as one that ran and ended: its images
+// stay consumed. A tree that was seen to run is not looked at again. By the registrar's holder.
+func (a *Agent) endParked(ctx context.Context, s *alloc.Sandbox) error {
+	pid, start, ok := parseRunKey(s.Claim.Run)
+	if !ok || !a.gone(task{pid, start}) {
+		return nil // its CRIU lives
+	}
+	tasks, err := a.inhabitants(ctx, s)
+	if err != nil || len(tasks) == 0 {
+		return err // the sweep's
+	}
+	for _, t := range tasks {
+		switch halfBuilt(t, "") {
+		case goesOn:
+			a.ran[s.Serial] = s.Epoch
+			return nil
+		case unclear:
+			delete(a.stood, s.Serial)
+			return nil
+		}
+	}
+	if a.stood[s.Serial] != s.Epoch {
+		a.stood[s.Serial] = s.Epoch // it has to be seen so twice, a pause apart
+		return nil
+	}
+	delete(a.stood, s.Serial)
+	a.log.Warn("a restore that no run on disk knows was committed and left a tree that never ran; ending it", "sandbox", s.Serial, "tasks", len(tasks))
+	for _, t := range tasks {
+		if err := a.kill(t); err != nil {
+			return err
+		}
+	}
+	if err := a.seeDead(ctx, tasks); err != nil {
+		return err
+	}
+	if left, err := a.inhabited(ctx, s); err != nil || left {
+		return err // somebody entered meanwhile: it is a sandbox in which something runs
+	}
+	h, err := a.pool.Release(ctx, alloc.ReleaseCommand{Mutation: a.registrar.mutation(), Sandbox: s.Serial, Epoch: s.Epoch, BootID: s.Claim.BootID, Run: s.Claim.Run})
+	err = a.registrar.moved(h, err)
+	a.orphanSettled(h, err)
+	return err
+}
+
+// seeDead waits until tasks that were killed are gone.
+func (a *Agent) seeDead(ctx context.Context, tasks []task) error {
+	t := time.NewTicker(10 * time.Millisecond)
+	defer t.Stop()
+	for {
+		i := slices.IndexFunc(tasks, func(t task) bool { return !a.gone(t) })
+		if i < 0 {
+			return nil
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return fmt.Errorf("task %d was killed and is still there (see its state in /proc/%d/stack): %w", tasks[i].PID, tasks[i].PID, context.Cause(ctx))
+		}
+	}
 }
 
 // endHalfBuilt ends what a restore that nobody remembers has left in CRIU's restorer: trees that no
