@@ -63,8 +63,8 @@ func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
 	}
 	defer done()
 	s := a.book.sandbox(serial)
-	if s == nil || a.runs.holds(serial) {
-		return nil
+	if s == nil || !a.mayBeOrphan(s) {
+		return nil // it changed since it was looked at
 	}
 	m := a.registrar.mutation()
 	switch s.State {
