@@ -59,7 +59,7 @@ func FuzzReceive(f *testing.F) {
 		}
 		r.close()
 		c.Close()
-		if after := lowest(t); after != before {
+		if after := lowest(t); after > before { // it is lower where the garbage collector closed what another test left
 			t.Errorf("the lowest free descriptor was %d and is %d: one was left open", before, after)
 		}
 	})
