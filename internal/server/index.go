@@ -40,7 +40,7 @@ type index struct {
 	// unreadable has what is in none of the above, with why. sandboxes and checkpoints that become
 	// unreadable leave all indexes.
 	unreadable map[alloc.Key]error
-	unread     map[alloc.Kind]uint64 // how many of a kind
+	unread     map[alloc.Kind]uint64 // how many of a kind may hide a record
 
 	// clashes: two sandboxes have, or had, one serial or namespace, of which only the later is found by it.
 	// The writer's alone.

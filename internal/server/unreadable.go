@@ -57,13 +57,26 @@ func (ix *index) applyUnreadable(u update) {
 	switch is := u.err != nil && viewed(u.key.Kind); {
 	case is:
 		ix.unreadable[u.key] = u.err
-		if !was {
+		if !was && hides(u.key) {
 			ix.unread[u.key.Kind]++
 		}
 	case was:
 		delete(ix.unreadable, u.key)
-		ix.unread[u.key.Kind]--
+		if hides(u.key) {
+			ix.unread[u.key.Kind]--
+		}
 	}
+}
+
+// hides reports whether a record of ours may stand under a key. A value under any other one takes
+// nobody's sandbox away.
+func hides(key alloc.Key) bool {
+	switch key.Kind {
+	case alloc.KindSandbox, alloc.KindCheckpoint:
+		var s alloc.Serial
+		return s.UnmarshalText([]byte(key.ID)) == nil && s.Valid() && s.String() == key.ID
+	}
+	return true
 }
 
 // missing is the error for who asked for the record under one of keys and was not given it: that it cannot
@@ -86,7 +99,7 @@ func (ix *index) hidden(notFound *alloc.Error, kind alloc.Kind) error {
 	}
 	var first alloc.Key
 	for key := range ix.unreadable {
-		if key.Kind == kind && (first.ID == "" || key.ID < first.ID) {
+		if key.Kind == kind && hides(key) && (first.ID == "" || key.ID < first.ID) {
 			first = key
 		}
 	}

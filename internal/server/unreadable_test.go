@@ -149,6 +149,14 @@ func TestUnreadableSandbox(t *testing.T) {
 	if got, err := c.Sandbox(t.Context(), other.Serial, true); err != nil || got.Sandbox.Serial != other.Serial {
 		t.Errorf("beside a strange key: %v", err)
 	}
+	if _, err := c.Sandbox(t.Context(), hidden.Serial+500, true); !errors.Is(err, alloc.ErrSerialNotFound) {
+		t.Errorf("nobody's serial, beside a strange key: %v", err)
+	}
+	for _, err := range c.Sandboxes(t.Context(), client.Filter{Owner: "a", Linearizable: true}) {
+		if err != nil { // or no agent would join any more
+			t.Errorf("a list, beside a strange key: %v", err)
+		}
+	}
 	w.delete(alloc.Key{Kind: alloc.KindSandbox, ID: "none"})
 }
 
