@@ -283,6 +283,7 @@ func (a *Agent) lookAtPool(ctx context.Context) error {
 	if known := a.poolRec.Swap(pool); known != nil && known.Generation != pool.Generation {
 		// Our ranges ended with their generation. To learn that from a refusal would cost a dump its veto.
 		a.log.Warn("the pool is in another generation; this host's ranges are burned, and it asks for new ones", "old", known.Generation, "new", pool.Generation)
+		a.registrar.stale.Store(true) // until it has joined anew: this look is the only one that sees the change
 		return a.registrar.join(ctx)
 	}
 	return nil

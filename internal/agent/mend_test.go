@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -119,6 +120,26 @@ func TestRangesBurned(t *testing.T) {
 			h.consistent()
 		})
 	}
+}
+
+// TestNewGenerationTwice: the pool goes away just when the agent joins its new generation; it joins when the
+// pool is back, and not when its copy of the records has got old.
+func TestNewGenerationTwice(t *testing.T) {
+	h := newHost(t)
+	h.serials(container(t, containerFlags).pid)
+	h.pool.before("Hello", func() { h.pool.setAway(true) })
+	h.mend(alloc.KindCounter, "")
+	h.logged("the pool is in another generation")
+	h.logged("the pool is not reached")
+	back := time.Now()
+	h.pool.setAway(false)
+	h.eventually("the agent has joined anew", func() error {
+		if age := h.registrar.age(); age > time.Since(back) {
+			return fmt.Errorf("its records are of %v ago", age)
+		}
+		return nil
+	})
+	h.consistent()
 }
 
 func hostRecord(t *testing.T, h *host) *alloc.Host {
