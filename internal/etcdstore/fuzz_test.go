@@ -21,7 +21,7 @@ import (
 )
 
 // kinds are those that have a stored form.
-var kinds = []alloc.Kind{alloc.KindPool, alloc.KindCounter, alloc.KindHost, alloc.KindSandbox, alloc.KindStint, alloc.KindCheckpoint, alloc.KindRequest}
+var kinds = []alloc.Kind{alloc.KindPool, alloc.KindCounter, alloc.KindHost, alloc.KindSandbox, alloc.KindStint, alloc.KindCheckpoint, alloc.KindRequest, alloc.KindAside}
 
 // FuzzDecode: whatever stands in the store, decode answers with a record or with one of its two errors. A
 // record that was read is written back with everything that was in it, the fields of newer versions

@@ -86,6 +86,7 @@ func Records(t testing.TB) []alloc.Record {
 		&alloc.Checkpoint{Serial: Serial(t, 4), State: alloc.CheckpointOpen, Sandbox: Serial(t, 1), Epoch: 1<<48 + 1, Source: "a",
 			RunID: boot, Digest: digest, Claimant: &claimant, Created: at, Consumed: at.Add(time.Minute)},
 		&alloc.Request{ID: "01936b2e-0000-7000-8000-000000000001", Digest: digest, Ranges: ranges, At: at},
+		&alloc.Aside{Request: "01936b2e-0000-7000-8000-000000000001", Of: alloc.HostKey("a"), Value: []byte{1, 0xff}, At: at, Actor: "operator/ann", Digest: digest},
 		&alloc.Aside{Request: "01936b2e-0000-7000-8000-000000000002", Of: alloc.HostKey("c"), Value: []byte{0, 0xff}, At: at, Actor: "operator/ann"},
 	}
 }
