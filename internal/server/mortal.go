@@ -18,7 +18,9 @@ type mortal struct{ alloc.Store }
 func (m mortal) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error) {
 	method, ok := grpc.Method(ctx)
 	if !ok {
-		return m.Store.Commit(ctx, tx) // housekeeping, on which nothing rests
+		// Housekeeping, on which nothing rests; and Allocate, which commits for several callers at once and
+		// has no point yet.
+		return m.Store.Commit(ctx, tx)
 	}
 	rpc := path.Base(method)
 	killpoint.At(killpoint.ServerCommitting.Of(rpc))
