@@ -40,6 +40,10 @@ var mutations = []mutation{
 	{"a forgotten request is taken for a new one", domain + "/request.go", "if id <= l.Forgotten {", "if false {", domain, "TestService/ForgottenRequests"},
 	{"serials spent before are spent again", domain + "/change.go", "	if !ok {\n		return &Error{Reason: ReasonRange", "	if !ok && false {\n		return &Error{Reason: ReasonRange", domain, "TestService/Register"},
 
+	// What a mend must not give away.
+	{"a mended counter begins at 1", domain + "/mendplan.go", "next, start := top+1, randomStart()", "next, start := top+1, uint64(1)", domain, "TestMend/PutBack"},
+	{"a record that cannot be read gives up its serial", domain + "/checkserials.go", "if k.Kind != KindSandbox && k.Kind != KindCheckpoint {", "if true {", domain, "TestMend/UnreadableHeld"},
+
 	// The store in etcd, and a server's answers.
 	{"absence is not compared", etcd + "/store.go", "		req.Compare = append(req.Compare, compare(key, g.Token))", "		if g.Token != \"\" {\n			req.Compare = append(req.Compare, compare(key, g.Token))\n		}", etcd, "TestStore/GuardsCompareAbsence"},
 	{"a lost answer of etcd is called not written", etcd + "/errors.go", "	case !onWire:", "	case !onWire || status.Code(err) == codes.Unavailable:", etcd, "TestAnswerLost"},

@@ -23,6 +23,15 @@ func (c *checker) unique(r Records) {
 			c.take(b.Serial, holder{fmt.Sprintf("the %s namespace in %s", b.Type, subject(s)), s.Key()})
 		}
 	}
+	for _, e := range r.Unreadable {
+		s, key := serialIn(e.Key), e.Key
+		if key.Kind == KindCheckpoint {
+			key = c.checkpointKey(s)
+		}
+		if s.Valid() {
+			c.take(s, holder{nameOf(e.Key), key})
+		}
+	}
 }
 
 // take notes who has a serial.
@@ -165,11 +174,6 @@ func (c *checker) counter(r Records) {
 	}()
 	for s, h := range c.serials {
 		last(s, "serial "+s.String(), h.who, h.key)
-	}
-	for _, e := range r.Unreadable {
-		if s := serialIn(e.Key); s.Valid() {
-			last(s, "serial "+s.String(), nameOf(e.Key), e.Key)
-		}
 	}
 	for _, h := range r.Hosts {
 		for _, x := range h.Granted {

@@ -53,6 +53,7 @@ func TestMend(t *testing.T, factory func(t *testing.T) Planter) {
 	t.Run("OtherChoice", func(t *testing.T) { testMendOtherChoice(t, NewLively(t, factory(t))) })
 	t.Run("PutBack", func(t *testing.T) { testMendPutBack(t, NewLively(t, factory(t))) })
 	t.Run("UnreadableAhead", func(t *testing.T) { testMendUnreadableAhead(t, NewLively(t, factory(t))) })
+	t.Run("UnreadableHeld", func(t *testing.T) { testMendUnreadableHeld(t, NewLively(t, factory(t))) })
 	t.Run("Request", func(t *testing.T) { testMendRequest(t, NewLively(t, factory(t))) })
 }
 

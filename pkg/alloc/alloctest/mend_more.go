@@ -203,3 +203,13 @@ func testMendUnreadableAhead(t *testing.T, l *Lively) {
 	}
 	l.mendAll(t, "P1", alloc.KindCounter, reads(r))
 }
+
+// testMendUnreadableHeld: nor as long as a host may spend it.
+func testMendUnreadableHeld(t *testing.T, l *Lively) {
+	r := everything(t, l.Store)
+	held := r.Hosts[0].Granted[0].First
+	plant(t, l.Store, alloc.SandboxKey(held), Malformed)
+	_, err := l.Mend(t.Context(), alloc.MendCommand{RequestID: l.Request(), Kind: alloc.KindSandbox, ID: held.String()})
+	refused(t, err, alloc.ErrMendFirst)
+	l.mendAll(t, "P1", alloc.KindHost, reads(r))
+}
