@@ -132,5 +132,5 @@ func TestGrowingMessages(t *testing.T) {
 
 // TestMend does what Check says over a real etcd, as pkg/alloc does over memory.
 func TestMend(t *testing.T) {
-	alloctest.TestMend(t, func(t *testing.T) alloctest.Planter { return planted{newStore(t, shared.Endpoint())} })
+	alloctest.TestMend(t, func(t *testing.T) alloctest.Planter { return planted{newStore(t, shared.Endpoint())} }, alloctest.OneOfEach())
 }

@@ -41,7 +41,7 @@ func TestCheckFinds(t *testing.T) {
 
 // TestMend: what Check says is done until it is silent.
 func TestMend(t *testing.T) {
-	alloctest.TestMend(t, func(*testing.T) alloctest.Planter { return memstore.New() })
+	alloctest.TestMend(t, func(*testing.T) alloctest.Planter { return memstore.New() }, alloctest.Corruptions())
 }
 
 // TestCheckOfParts: not everybody has all of the records.

@@ -54,6 +54,19 @@ type Corruption struct {
 	Corrupt func(r *alloc.Records)
 }
 
+// OneOfEach is the first corruption for each kind of object that is named to be mended: for a slow store.
+// What Check finds does not depend on the store, what Mend writes does.
+func OneOfEach() (some []Corruption) {
+	seen := map[alloc.Kind]bool{}
+	for _, c := range Corruptions() {
+		if !seen[c.Mend] {
+			seen[c.Mend] = true
+			some = append(some, c)
+		}
+	}
+	return some
+}
+
 func in(r *alloc.Records, state alloc.SandboxState) *alloc.Sandbox {
 	for _, s := range r.Sandboxes {
 		if s.State == state {
