@@ -24,6 +24,12 @@ func (w *world) part(sb *Sandbox, serials []Serial) error {
 		w.parted[serial] = *b
 		sb.Bindings = slices.DeleteFunc(sb.Bindings, func(b Binding) bool { return b.Serial == serial })
 	}
+	if len(serials) > 0 {
+		// Images from before have what is of another sandbox now: they can become a clone of this one, and
+		// never be it again. It was about to be dumped, so it runs, and a restore that made it has nothing to
+		// give back.
+		sb.Checkpoint, sb.Claim = 0, nil
+	}
 	return nil
 }
 

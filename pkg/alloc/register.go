@@ -22,7 +22,8 @@ type RegisterItem struct {
 	Add     []Binding `json:"add,omitempty"`
 	Gone    []Serial  `json:"gone,omitempty"`
 	// Part are live namespaces of an existing sandbox that turned out not to move with it. They leave it
-	// with their serials: each stands in Add of a new sandbox in a later item of the same request.
+	// with their serials: each stands in Add of a new sandbox in a later item of the same request. Images that
+	// were made before are no longer this sandbox's: they restore as clones.
 	Part   []Serial          `json:"part,omitempty"`
 	Labels map[string]string `json:"labels,omitempty"`
 	OfHost bool              `json:"of_host,omitempty"`

@@ -29,6 +29,7 @@ func TestService(t *testing.T, factory func(t *testing.T) Planter) {
 		{"RegisterManySandboxes", testRegisterMany},
 		{"RegisterChanges", testRegisterChanges},
 		{"RegisterParts", testRegisterParts},
+		{"PartsFromCopies", testPartsFromCopies},
 		{"RegisterRefuses", testRegisterRefuses},
 		{"RegisterClone", testRegisterClone},
 		{"StraightPath", testStraightPath},

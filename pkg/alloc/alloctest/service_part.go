@@ -88,3 +88,41 @@ func testRegisterParts(t *testing.T, p *Pool) {
 		t.Errorf("a dump of the other changed it to %+v", n)
 	}
 }
+
+// testPartsFromCopies: images from before a namespace parted have it, and so they are not the sandbox's any
+// more. It does not go on from them, neither when it is over nor when a restore is given back; they
+// restore as a clone.
+func testPartsFromCopies(t *testing.T, p *Pool) {
+	a, b := p.Agent("a"), p.Agent("b")
+	part := func(of *Agent, sb *alloc.Sandbox) *alloc.Sandbox {
+		t.Helper()
+		spend, s := of.Next(1)
+		goes := sb.Bindings[1]
+		goes.Bound = time.Time{}
+		return register(t, p, alloc.RegisterCommand{Mutation: of.Mutation(), Spend: spend, Items: []alloc.RegisterItem{
+			{Sandbox: sb.Serial, Epoch: sb.Epoch, Part: []alloc.Serial{goes.Serial}},
+			{Sandbox: s[0], Add: []alloc.Binding{goes}},
+		}})[0]
+	}
+	clones := func(h alloc.Handoff, run string) {
+		t.Helper()
+		if c := must[alloc.ClaimAnswer](t)(p.Claim(t.Context(), b.Claim(h, run))); c.Outcome != alloc.MayClone {
+			t.Errorf("its copy may be restored as %+v", c)
+		}
+	}
+	h := must[alloc.Handoff](t)(p.Open(t.Context(), a.Open(a.Sandbox())))
+	h = must[alloc.Handoff](t)(p.Abort(t.Context(), a.Abort(h, true)))
+	is(t, h, alloc.StateRunning, "a", alloc.CheckpointCopy)
+	sb := part(a, &h.Sandbox)
+	clones(h, "r1")
+	must[*alloc.Sandbox](t)(p.End(t.Context(), a.End(sb)))
+	clones(h, "r2")
+
+	// A restored one, whose claim could still be given back.
+	h = bind(t, b, claim(t, b, transit(t, a, a.Sandbox()), "r3"), "r3")
+	sb = part(b, &h.Sandbox)
+	_, err := p.Release(t.Context(), b.Release(h, "r3"))
+	refused(t, err, alloc.ErrWrongState)
+	h = bind(t, a, claim(t, a, transit(t, b, sb), "r4"), "r4")
+	is(t, h, alloc.StateRunning, "a", alloc.CheckpointConsumed)
+}

@@ -235,6 +235,8 @@ type RegisterItem struct {
 	ParentCheckpoint uint64 `protobuf:"fixed64,7,opt,name=parent_checkpoint,json=parentCheckpoint,proto3" json:"parent_checkpoint,omitempty"`
 	// Existing sandbox only: serials of live namespaces that turned out not to move with it. Each stands in
 	// add of a new sandbox in a later item of the same request, with the type and identity that it is bound to.
+	// The sandbox then has no current checkpoint: images of it from before restore as clones, as the policy for
+	// a live sandbox says, also when it is over.
 	Part          []uint64 `protobuf:"fixed64,8,rep,packed,name=part,proto3" json:"part,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
