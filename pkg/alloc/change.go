@@ -18,7 +18,8 @@ const conflictTries = 16
 // transaction does, it and its successor never both take effect, because each changes a value that
 // the other one compares; and a try that finds the effect of the lost one says so. So a decision is
 // final also after an unknown outcome: had it read what the lost transaction compares, it would have
-// decided the same; it read something else, so that transaction takes effect no more.
+// decided the same; it read something else, so that transaction takes effect no more. That holds where a
+// transaction is guarded by all that was read for it; else try calls nothing decided.
 //
 // An error of the store is not: while an outcome is unknown, nothing else is answered that would say
 // that nothing was written.

@@ -104,14 +104,16 @@ func (s *Service) Mend(ctx context.Context, cmd MendCommand) (Mended, error) {
 		return Mended{}, err
 	}
 	var done Mended
+	// No refusal is called decided (settle): it rests on all records, and a transaction whose outcome is unknown
+	// is guarded by those alone that it changes. It may take effect after what refuses it now.
 	err = settle(ctx, func() (bool, error) {
 		begun, err := s.mended(ctx, cmd.RequestID, digest)
 		if err != nil {
-			return ReasonOf(err) == ReasonRequestReused, err
+			return false, err
 		}
 		all, err := s.readAll(ctx)
 		if err != nil {
-			return ReasonOf(err) == ReasonPoolMissing, err
+			return false, err
 		}
 		moves, err := all.mend(cmd, len(begun.Changed) > 0)
 		if err != nil {
@@ -124,7 +126,7 @@ func (s *Service) Mend(ctx context.Context, cmd MendCommand) (Mended, error) {
 			case len(now.Changed) != len(begun.Changed):
 				return false, errChanged
 			}
-			return true, err
+			return false, err
 		}
 		wrote, err := s.moveAside(ctx, cmd, digest, all, moves)
 		if err == nil {
