@@ -349,9 +349,7 @@ func (r *runs) trees(of func(runRecord) bool) []tree {
 			trees = append(trees, tree{pid: rec.Init.PID, since: rec.Init.Start})
 			continue
 		}
-		if p, err := r.a.kernel.Process(rec.CRIUPID); err == nil && p.StartTime == rec.CRIUStart && p.PPID > 1 {
-			trees = append(trees, tree{pid: p.PPID, since: rec.CRIUStart})
-		}
+		trees = append(trees, r.a.siblings(task{rec.CRIUPID, rec.CRIUStart})...)
 	}
 	return trees
 }

@@ -86,7 +86,33 @@ func (a *Agent) withNumberable(ctx context.Context, do func([]kernelns.Process) 
 	if err := a.numberHost(ctx); err != nil {
 		return err
 	}
-	return do(leaveOut(procs, a.runs.building()))
+	return do(leaveOut(procs, append(a.runs.building(), a.byClaims()...)))
+}
+
+// byClaims lists the trees that a live CRIU may be building by a claim in the book that no open run knows:
+// its record was lost. The root task is not known, so that CRIU's siblings count.
+func (a *Agent) byClaims() []tree {
+	var trees []tree
+	for _, s := range a.book.all() {
+		if s.State != alloc.StateClaimed || s.Claim == nil || s.Claim.BootID != a.bootID() || a.runs.holds(s.Serial) {
+			continue
+		}
+		pid, start, ok := parseRunKey(s.Claim.Run)
+		if criu := (task{pid, start}); ok && !a.gone(criu) {
+			trees = append(trees, tree{pid: pid, since: start})
+			trees = append(trees, a.siblings(criu)...)
+		}
+	}
+	return trees
+}
+
+// siblings is what CRIU's parent has started since CRIU was: under a runtime that wants the tree for itself,
+// the root task is among it. Nothing once CRIU is gone, or is PID 1's.
+func (a *Agent) siblings(criu task) []tree {
+	if p, err := a.kernel.Process(criu.PID); err == nil && p.StartTime == criu.Start && p.PPID > 1 {
+		return []tree{{pid: p.PPID, since: criu.Start}}
+	}
+	return nil
 }
 
 func (a *Agent) allNumbered(procs []kernelns.Process) bool {
