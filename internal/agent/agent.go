@@ -234,9 +234,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	return nil
 }
 
+// helloPause is the pause between two tries to reach the pool, and between two looks at its record. Tests set
+// a shorter one, as settlePause.
+var helloPause = time.Second
+
 const (
-	// helloPause is the pause between two tries to reach the pool, and between two looks at its record.
-	helloPause = time.Second
 	// rereadAfter is how old our copy of the pool's records may get. It is kept by every answer; reading it
 	// anew finds what an answer that was lost, and a request that got through late, have changed.
 	rereadAfter = 30 * time.Second

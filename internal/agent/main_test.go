@@ -99,6 +99,8 @@ func inner(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, "mount /proc:", err)
 		return 1
 	}
+	// Most of what the tests would wait for. Not shorter: what they let CRIU do meanwhile has to be seen.
+	settlePause, helloPause = settlePause/5, helloPause/5
 	code := m.Run()
 	if err := goleak.Find(); err != nil && code == 0 {
 		fmt.Fprintln(os.Stderr, err)

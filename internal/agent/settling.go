@@ -6,12 +6,12 @@ import (
 	"time"
 )
 
-const (
-	// settlePause is the pause between two looks at what is not settled.
-	settlePause = time.Second
-	// secondLook is the pause between two looks that it takes to believe what only looking tells.
-	secondLook = 200 * time.Millisecond
-)
+// settlePause is the pause between two looks at what is not settled. Tests, which wait for it most of their
+// time, set a shorter one before an agent runs.
+var settlePause = time.Second
+
+// secondLook is the pause between two looks that it takes to believe what only looking tells.
+const secondLook = 200 * time.Millisecond
 
 // settling is which runs somebody wants settled now. Asking never blocks and is never lost; a run is
 // settled by one worker at a time, so there are at most as many workers as runs that are open.
