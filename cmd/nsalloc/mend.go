@@ -64,6 +64,14 @@ func (c *cli) mend(ctx context.Context, args []string, f mendFlags) error {
 	if len(args) > 1 {
 		cmd.ID = args[1]
 	}
+	if cmd.Kind == alloc.KindSandbox && (f.yes || isTerminal(c.in)) {
+		state := c.stateOf(ctx, cmd.ID)
+		cost = alloc.MendCostOf(state)
+		if f.yes && (state == alloc.StateDumped || state == alloc.StateInTransit || state == alloc.StateClaimed) {
+			// Who does not want to be asked is told what no agent brings back.
+			fmt.Fprintf(c.err, "nsalloc: %s is %s: %s.\n", strings.Join(args, " "), state, cost)
+		}
+	}
 	if !f.yes {
 		if !isTerminal(c.in) {
 			return usage("nobody can be asked, because standard input is no terminal; say --yes to mend. What it costs: %s", cost)
@@ -95,6 +103,23 @@ func (c *cli) mend(ctx context.Context, args []string, f mendFlags) error {
 		}
 		return c.printMended(done)
 	})
+}
+
+// stateOf is a sandbox's state; "" when it cannot be told. Whatever fails here fails again in the mend, or
+// the sandbox's record is what is broken.
+func (c *cli) stateOf(ctx context.Context, id string) (state alloc.SandboxState) {
+	_ = c.withPool(ctx, func(ctx context.Context, p *client.Client) error {
+		serial, err := parseSerial(ctx, p, id)
+		if err != nil {
+			return err
+		}
+		found, err := p.Sandbox(ctx, serial, true)
+		if err == nil && found.Sandbox != nil && found.Sandbox.Serial == serial {
+			state = found.Sandbox.State
+		}
+		return err
+	})
+	return state
 }
 
 func (c *cli) printMended(done alloc.Mended) error {

@@ -101,7 +101,7 @@ func TestMendAsPrinted(t *testing.T) {
 		if code, out := shell(t, address, line[1]+" </dev/null"); code != exitUsage || !strings.Contains(out, "say --yes") {
 			t.Errorf("with nobody to ask: exit code %d: %s", code, out)
 		}
-		if code, out := shell(t, address, line[1]+" --yes"); code != exitOK || !strings.HasPrefix(out, "Mended.") {
+		if code, out := shell(t, address, line[1]+" --yes"); code != exitOK || !strings.Contains("\n"+out, "\nMended.") {
 			t.Fatalf("%s: exit code %d: %s", line[1], code, out)
 		}
 		if code, out := shell(t, address, line[1]+" --yes"); code != exitConflict && code != exitNotFound {
@@ -127,6 +127,25 @@ func TestMendAsPrinted(t *testing.T) {
 		if code, out := shell(t, address, line); code != want {
 			t.Errorf("%s: exit code %d, want %d: %s", line, code, want, out)
 		}
+	}
+	// Of what is handed off nothing is left but images: that is said also to who does not want to be asked.
+	if r, err = alloctest.Everything(t.Context(), pool.Store); err != nil {
+		t.Fatal(err)
+	}
+	tried := map[alloc.SandboxState]bool{}
+	for _, s := range r.Sandboxes {
+		if tried[s.State] {
+			continue
+		}
+		tried[s.State] = true
+		handedOff := s.State == alloc.StateDumped || s.State == alloc.StateInTransit || s.State == alloc.StateClaimed
+		code, out := shell(t, address, "nsalloc mend sandbox --yes --force "+s.Serial.String()+" 2>&1 >/dev/null")
+		if want := alloc.MendCostOf(s.State); code != exitOK || handedOff != strings.Contains(out, want) || handedOff == (out == "") {
+			t.Errorf("of one that is %s: exit code %d: %s", s.State, code, out)
+		}
+	}
+	if len(tried) < 4 {
+		t.Errorf("tried %v", tried)
 	}
 }
 

@@ -134,12 +134,20 @@ func (c *checker) find(promise, about string, r remedy, format string, args ...a
 	f.keys = slices.Compact(r.keys)
 	if len(f.keys) > 0 {
 		f.Mend = mendArgs(f.keys[0])
-		f.Fix += ". Mending: " + MendCost(f.keys[0].Kind)
+		f.Fix += ". Mending: " + c.cost(f.keys[0])
 	}
 	if len(f.keys) > 1 {
 		f.Fix += ". Instead of that one: nsalloc " + CommandLine(mendArgs(f.keys[1]))
 	}
 	c.findings = append(c.findings, f)
+}
+
+// cost is what mending an object costs, as it stands.
+func (c *checker) cost(k Key) string {
+	if k.Kind == KindSandbox {
+		return MendCostOf(c.sandboxOf(k).State)
+	}
+	return MendCost(k.Kind)
 }
 
 // records names what could not be read.

@@ -44,6 +44,34 @@ func TestMend(t *testing.T) {
 	alloctest.TestMend(t, func(*testing.T) alloctest.Planter { return memstore.New() }, alloctest.Corruptions())
 }
 
+// TestCheckSaysWhatMendingCosts: a sandbox that runs costs its serials, one that is handed off may be in its
+// images alone.
+func TestCheckSaysWhatMendingCosts(t *testing.T) {
+	s := alloctest.NewLively(t, memstore.New()).Store
+	seen := map[alloc.SandboxState]string{}
+	for i := range everything(t, s).Sandboxes {
+		r := everything(t, s)
+		sb := r.Sandboxes[i]
+		sb.Stints = nil
+		for _, f := range alloc.Check(r) {
+			if f.Mend[1] == string(alloc.KindSandbox) {
+				seen[sb.State] = f.Fix
+			}
+		}
+	}
+	for state, part := range map[alloc.SandboxState]string{
+		alloc.StateRunning: "registered again by its host's agent", alloc.StateInTransit: "its processes are dead, and nothing is left",
+		alloc.StateClaimed: "its processes are dead, and nothing is left", alloc.StateDumped: "unless the dump let them run on",
+	} {
+		if fix := seen[state]; !strings.Contains(fix, part) || !strings.Contains(fix, "without their nsalloc.json") {
+			t.Errorf("of one that is %s: %q", state, fix)
+		}
+	}
+	if strings.Contains(seen[alloc.StateRunning], "nothing is left") {
+		t.Errorf("of one that runs: %q", seen[alloc.StateRunning])
+	}
+}
+
 // TestCheckOfParts: not everybody has all of the records.
 func TestCheckOfParts(t *testing.T) {
 	if f := alloc.Check(alloc.Records{}); len(f) > 0 {

@@ -32,8 +32,8 @@ type Mended struct {
 
 // mendKinds is what can be mended, with what it costs.
 var mendKinds = map[Kind]string{
-	KindSandbox:    "the sandbox, its checkpoints and its older stints are put aside; what lives of it is registered again by its host's agent, under fresh serials, and its images restore no more",
-	KindCheckpoint: "the checkpoint is put aside, and a sandbox that ran from it or is over forgets it; its images restore no more",
+	KindSandbox:    sandboxAside + "what lives of it is registered again by its host's agent, under fresh serials; one that is dumped, in transit or claimed may be left in its images alone: keep them. " + sandboxImages,
+	KindCheckpoint: "the checkpoint is put aside, and a sandbox that ran from it or is over forgets it. Its images restore no more as that sandbox: " + wayBack,
 	KindStint:      "the stint is put aside; the sandbox's history lacks it",
 	KindHost:       "what is left of the host's ranges is burned, and its agent gets new ones",
 	KindRequest:    "the request is put aside; a retry of it, or of an older one that is not committed, is refused",
@@ -42,6 +42,26 @@ var mendKinds = map[Kind]string{
 
 // MendCost says what mending an object of a kind costs; "" for a kind that cannot be mended.
 func MendCost(kind Kind) string { return mendKinds[kind] }
+
+const (
+	sandboxAside  = "the sandbox, its checkpoints and its older stints are put aside; "
+	sandboxImages = "Its images restore no more as what it was: " + wayBack
+	wayBack       = "without their nsalloc.json, in a pool whose policy for unknown images is adopt, they restore under fresh serials"
+)
+
+// MendCostOf says what mending a sandbox in a state costs, as MendCost; "" stands for a state that is not
+// known.
+func MendCostOf(state SandboxState) string {
+	switch state {
+	case StateRunning, StateEnded:
+		return sandboxAside + "what lives of it is registered again by its host's agent, under fresh serials. " + sandboxImages
+	case StateInTransit, StateClaimed:
+		return sandboxAside + "its processes are dead, and nothing is left of them but its images: keep those. " + sandboxImages
+	case StateDumped:
+		return sandboxAside + "its processes are dead, unless the dump let them run on, and then nothing is left of them but its images: keep those. " + sandboxImages
+	}
+	return MendCost(KindSandbox)
+}
 
 func mendArgs(k Key) []string {
 	if k.ID == "" {

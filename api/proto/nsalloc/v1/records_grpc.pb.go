@@ -40,11 +40,13 @@ type RecordsClient interface {
 	// Mend takes one object out of contradiction, in a way that can never issue a serial twice:
 	//
 	//	sandbox     the sandbox, its checkpoints and its old stints are put aside. What still lives on its
-	//	            host is registered again by the agent there, under fresh serials; images of it restore
-	//	            no more.
-	//	checkpoint  put aside; its images restore no more. A sandbox whose current one it is, and that runs or
-	//	            is over, goes on without. One that is handed off through it would be stuck: that is
-	//	            refused, mend the sandbox.
+	//	            host is registered again by the agent there, under fresh serials. Of one that is in
+	//	            transit or claimed nothing is left but its images. Images of it restore no more as what
+	//	            it was, and a restore of them as they are is refused: without their nsalloc.json, in a
+	//	            pool whose policy for unknown images is adopt, they restore under fresh serials.
+	//	checkpoint  put aside; what is said of images above is so for its own. A sandbox whose current one it
+	//	            is, and that runs or is over, goes on without. One that is handed off through it would be
+	//	            stuck: that is refused, mend the sandbox.
 	//	stint       an old one, in a record of its own, is put aside.
 	//	host        what is left of the host's ranges is burned; its agent gets new ones and goes on. One that
 	//	            cannot be read begins anew under a higher incarnation, and its agent a new life.
@@ -114,11 +116,13 @@ type RecordsServer interface {
 	// Mend takes one object out of contradiction, in a way that can never issue a serial twice:
 	//
 	//	sandbox     the sandbox, its checkpoints and its old stints are put aside. What still lives on its
-	//	            host is registered again by the agent there, under fresh serials; images of it restore
-	//	            no more.
-	//	checkpoint  put aside; its images restore no more. A sandbox whose current one it is, and that runs or
-	//	            is over, goes on without. One that is handed off through it would be stuck: that is
-	//	            refused, mend the sandbox.
+	//	            host is registered again by the agent there, under fresh serials. Of one that is in
+	//	            transit or claimed nothing is left but its images. Images of it restore no more as what
+	//	            it was, and a restore of them as they are is refused: without their nsalloc.json, in a
+	//	            pool whose policy for unknown images is adopt, they restore under fresh serials.
+	//	checkpoint  put aside; what is said of images above is so for its own. A sandbox whose current one it
+	//	            is, and that runs or is over, goes on without. One that is handed off through it would be
+	//	            stuck: that is refused, mend the sandbox.
 	//	stint       an old one, in a record of its own, is put aside.
 	//	host        what is left of the host's ranges is burned; its agent gets new ones and goes on. One that
 	//	            cannot be read begins anew under a higher incarnation, and its agent a new life.
