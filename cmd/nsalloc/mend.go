@@ -27,8 +27,8 @@ func (c *cli) mendCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "mend KIND [ID] [--yes] [--force]",
 		Short: "Take one object out of a contradiction that check has found",
-		Long: `Take one object out of a contradiction that nsalloc check has found; check says which. No serial is ever
-issued twice by it, whatever is mended. By kind:
+		Long: `Take one object out of a contradiction that nsalloc check has found; check says which. No serial that
+the records name is issued again for it. By kind:
 
 ` + kinds.String() + `
 Put aside means: kept in the store, byte by byte, where nothing reads it. Whatever is changed is kept there
@@ -51,7 +51,7 @@ mended before; the message says what.`,
 		},
 	}
 	cmd.Flags().BoolVar(&f.yes, "yes", false, "mend without asking")
-	cmd.Flags().BoolVar(&f.force, "force", false, "also what check finds nothing about, or what a newer version wrote")
+	cmd.Flags().BoolVar(&f.force, "force", false, "also what check finds nothing about, what a newer version wrote, or what cannot be read while the counter is wrong")
 	return cmd
 }
 

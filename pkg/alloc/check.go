@@ -162,6 +162,8 @@ func (c *checker) records(entries []Entry) {
 		case e.Token == "", !utf8.ValidString(e.Key.ID), len(e.Key.ID) > maxMendID:
 			// Its value cannot be compared, or no request can name it.
 			r = by("something else wrote to the store: delete this key with etcdctl")
+		case len(e.Token) > maxAside:
+			r = by(fmt.Sprintf("something else wrote to the store: it is %d bytes, and over %d cannot be moved aside. See that the counter is right (no finding about it), get the key with etcdctl into a file, and delete it", len(e.Token), maxAside))
 		case e.Key.Kind == KindCheckpoint:
 			if serial, err := ParseSerial(e.Key.ID, 0); err == nil {
 				r.keys = []Key{c.checkpointKey(serial)}

@@ -72,6 +72,17 @@ func TestCheckSaysWhatMendingCosts(t *testing.T) {
 	}
 }
 
+// TestCheckTooLargeToMoveAside: no command is named that the store would not take.
+func TestCheckTooLargeToMoveAside(t *testing.T) {
+	for size, command := range map[int]bool{700 << 10: true, 700<<10 + 1: false} {
+		e := alloc.Entry{Key: alloc.HostKey("a"), Token: alloc.Token(strings.Repeat("x", size)), Err: alloc.ErrMalformed}
+		f := alloc.Check(alloc.Records{Unreadable: []alloc.Entry{e}})
+		if len(f) != 1 || command != (len(f[0].Mend) > 0) || command == strings.Contains(f[0].Fix, "etcdctl") {
+			t.Errorf("%d bytes: %+v", size, f)
+		}
+	}
+}
+
 // TestCheckOfParts: not everybody has all of the records.
 func TestCheckOfParts(t *testing.T) {
 	if f := alloc.Check(alloc.Records{}); len(f) > 0 {

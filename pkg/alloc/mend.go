@@ -17,7 +17,8 @@ type MendCommand struct {
 	Kind  Kind   `json:"kind"`
 	// ID is that of the object's key; empty for the counter.
 	ID string `json:"id"`
-	// Force mends also what Check finds nothing about.
+	// Force mends also what Check finds nothing about, what a newer version wrote, and what cannot be read
+	// while the counter is wrong.
 	Force bool `json:"force"`
 }
 
@@ -103,7 +104,9 @@ func (cmd MendCommand) key() Key { return Key{cmd.Kind, cmd.ID} }
 //
 // Nothing is lost: a record is changed or deleted only in the transaction that puts its value aside, byte
 // by byte. Nothing is issued again: where the pool, or a host, could still issue a serial that would leave
-// the records, that is refused until the counter, or the host, is mended.
+// the records, that is refused until the counter, or the host, is mended. What a sandbox or a host had that
+// cannot be read is not known: such a record is put aside only while nothing is found about the counter, or
+// with force.
 //
 // Committed when it returns: all of it. A sandbox with more old stints than a transaction takes leaves
 // in several, itself first: when the process dies in between, Check finds stints without their sandbox,
@@ -194,6 +197,9 @@ func (s *Service) mended(ctx context.Context, id string, digest Digest) (Mended,
 const (
 	maxMoves     = 60
 	maxMoveBytes = 1 << 20
+	// maxAside is the largest value that is moved aside: twice that, with what is around it, is within the
+	// 1.5 MiB that etcd takes for a request.
+	maxAside = 700 << 10
 )
 
 // moveAside commits the moves, as many as fit in one transaction, in their order; wrote says that a

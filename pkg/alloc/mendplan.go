@@ -46,7 +46,16 @@ func (r all) mend(cmd MendCommand, begun bool) ([]move, error) {
 	if err := r.keepIssued(key, serials); err != nil {
 		return nil, err
 	}
+	if e.Err != nil && !cmd.Force && (key.Kind == KindSandbox || key.Kind == KindHost) && r.counterWrong() {
+		return nil, &Error{Reason: ReasonMendFirst, Subject: nameOf(key), Msg: "the counter is wrong, and which serials the record had cannot be read: the pool may issue them again; nothing was changed",
+			Fix: "first: nsalloc " + CommandLine(mendArgs(Key{Kind: KindCounter}))}
+	}
 	return moves, nil
+}
+
+// counterWrong reports whether Check finds anything that mending the counter helps.
+func (r all) counterWrong() bool {
+	return slices.ContainsFunc(Check(r.Records), func(f Finding) bool { return len(f.keys) > 0 && f.keys[0].Kind == KindCounter })
 }
 
 // why is the entry of a record that cannot be read; an empty one for all others.

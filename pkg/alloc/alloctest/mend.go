@@ -54,6 +54,7 @@ func TestMend(t *testing.T, factory func(t *testing.T) Planter, corruptions []Co
 	t.Run("PutBack", func(t *testing.T) { testMendPutBack(t, NewLively(t, factory(t))) })
 	t.Run("UnreadableAhead", func(t *testing.T) { testMendUnreadableAhead(t, NewLively(t, factory(t))) })
 	t.Run("UnreadableHeld", func(t *testing.T) { testMendUnreadableHeld(t, NewLively(t, factory(t))) })
+	t.Run("UnreadableUnknown", func(t *testing.T) { testMendUnreadableUnknown(t, NewLively(t, factory(t))) })
 	t.Run("Request", func(t *testing.T) { testMendRequest(t, NewLively(t, factory(t))) })
 }
 

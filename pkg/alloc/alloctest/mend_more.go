@@ -213,3 +213,25 @@ func testMendUnreadableHeld(t *testing.T, l *Lively) {
 	refused(t, err, alloc.ErrMendFirst)
 	l.mendAll(t, "P1", alloc.KindHost, reads(r))
 }
+
+// testMendUnreadableUnknown: what a sandbox or a host had whose record cannot be read is not known. It does
+// not leave the records as long as the counter is wrong.
+func testMendUnreadableUnknown(t *testing.T, l *Lively) {
+	r := everything(t, l.Store)
+	for _, key := range []alloc.Key{r.Sandboxes[0].Key(), alloc.HostKey("a")} {
+		plant(t, l.Store, key, Malformed)
+		back := *r.Counter
+		back.Next = r.Sandboxes[0].Serial.Counter() + 1 // the serials of its bindings are ahead
+		put(t, l.Store, &back)
+		cmd := alloc.MendCommand{RequestID: l.Request(), Actor: "operator/ann", Kind: key.Kind, ID: key.ID}
+		_, err := l.Mend(t.Context(), cmd)
+		refused(t, err, alloc.ErrMendFirst)
+		put(t, l.Store, r.Counter)
+		must[alloc.Mended](t)(l.Mend(t.Context(), cmd))
+		put(t, l.Store, &back)
+		plant(t, l.Store, key, Malformed)
+		cmd.RequestID, cmd.Force = l.Request(), true
+		must[alloc.Mended](t)(l.Mend(t.Context(), cmd))
+		put(t, l.Store, r.Counter)
+	}
+}

@@ -37,7 +37,10 @@ type RecordsClient interface {
 	//
 	// Errors: UNAVAILABLE when the store cannot be reached; FAILED_PRECONDITION (POOL_MISSING).
 	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error)
-	// Mend takes one object out of contradiction, in a way that can never issue a serial twice:
+	// Mend takes one object out of contradiction. A serial that the records name is never issued again for
+	// it. Which serials a sandbox or a host had whose record cannot be read is not known: such a record is
+	// put aside only while Check finds nothing about the counter, unless force is set; that is no proof where
+	// the counter went back and no other record shows it.
 	//
 	//	sandbox     the sandbox, its checkpoints and its old stints are put aside. What still lives on its
 	//	            host is registered again by the agent there, under fresh serials. Of one that is in
@@ -113,7 +116,10 @@ type RecordsServer interface {
 	//
 	// Errors: UNAVAILABLE when the store cannot be reached; FAILED_PRECONDITION (POOL_MISSING).
 	Check(context.Context, *CheckRequest) (*CheckResponse, error)
-	// Mend takes one object out of contradiction, in a way that can never issue a serial twice:
+	// Mend takes one object out of contradiction. A serial that the records name is never issued again for
+	// it. Which serials a sandbox or a host had whose record cannot be read is not known: such a record is
+	// put aside only while Check finds nothing about the counter, unless force is set; that is no proof where
+	// the counter went back and no other record shows it.
 	//
 	//	sandbox     the sandbox, its checkpoints and its old stints are put aside. What still lives on its
 	//	            host is registered again by the agent there, under fresh serials. Of one that is in
