@@ -244,7 +244,10 @@ func (s *Service) moveAside(ctx context.Context, cmd MendCommand, digest Digest,
 				return wrote, err
 			}
 			if e.Token != "" {
-				tx.Put = append(tx.Put, &Aside{Request: cmd.RequestID, Of: e.Key, Value: []byte(e.Token), At: s.now(), Actor: cmd.Actor, Digest: digest})
+				aside := &Aside{Request: cmd.RequestID, Of: e.Key, Value: []byte(e.Token), At: s.now(), Actor: cmd.Actor, Digest: digest}
+				// A lost transaction of this request may have come through between the reads: not twice.
+				tx.Guards = append(tx.Guards, Guard{Key: aside.Key()})
+				tx.Put = append(tx.Put, aside)
 			}
 		}
 		if _, err := s.store.Commit(ctx, tx); err != nil {

@@ -133,11 +133,29 @@ func UseCases() []UseCase {
 			return func(ctx context.Context) (any, error) { return p.Release(ctx, cmd) }
 		}},
 	}
-	for _, kind := range []alloc.Kind{alloc.KindSandbox, alloc.KindHost} {
-		list = append(list, UseCase{Name: "Mend " + string(kind), Prepare: func(_ *testing.T, p *Pool) call {
-			id := p.Agent("a").Sandbox().Serial.String()
-			if kind == alloc.KindHost {
+	for _, kind := range []alloc.Kind{alloc.KindSandbox, alloc.KindHost, alloc.KindCounter, alloc.KindRequest, alloc.KindCheckpoint, alloc.KindStint} {
+		list = append(list, UseCase{Name: "Mend " + string(kind), Prepare: func(t *testing.T, p *Pool) call {
+			a := p.Agent("a")
+			sb := a.Sandbox()
+			id := sb.Serial.String()
+			switch kind {
+			case alloc.KindHost:
 				id = "a"
+			case alloc.KindCounter:
+				id = ""
+			case alloc.KindRequest:
+				id = p.Request()
+				must[alloc.Ranges](t)(p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: id, Caller: "c", Count: 3}))
+			case alloc.KindCheckpoint:
+				h := must[alloc.Handoff](t)(p.Open(t.Context(), a.Open(sb)))
+				must[alloc.Handoff](t)(p.Abort(t.Context(), a.Abort(h, true)))
+				id = h.Checkpoint.Serial.String()
+			case alloc.KindStint:
+				old := &alloc.OldStint{Sandbox: sb.Serial, Stint: sb.Stints[0]}
+				old.Stint.Epoch--
+				old.Stint.To, old.Stint.Over = p.Clock.Now(), alloc.OverHandedOff
+				put(t, p.Store, old)
+				id = old.Key().ID
 			}
 			cmd := alloc.MendCommand{RequestID: p.Request(), Actor: "operator/ann", Kind: kind, ID: id, Force: true}
 			return func(ctx context.Context) (any, error) { m, err := p.Mend(ctx, cmd); return answer(err, m.Changed) }
