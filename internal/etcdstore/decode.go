@@ -54,6 +54,17 @@ func malformed(key alloc.Key, err error) *alloc.Error {
 		Fix: "restore this key from a backup, or find out who else writes to the store"}
 }
 
+// ownerIn is the owner in a sandbox's value that decode refuses, if the value is of that sandbox. It may be
+// believed of a newer version's: the field's meaning changes only with alloc.FormatVersion.
+func ownerIn(key alloc.Key, value []byte) string {
+	var m storepb.Sandbox
+	if key.Kind != alloc.KindSandbox || proto.Unmarshal(value, &m) != nil ||
+		alloc.SandboxKey(alloc.Serial(m.Serial)) != key || alloc.ValidateName("host name", m.Owner) != nil {
+		return ""
+	}
+	return m.Owner
+}
+
 func newMessage(kind alloc.Kind) proto.Message {
 	switch kind {
 	case alloc.KindPool:

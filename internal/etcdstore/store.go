@@ -127,7 +127,9 @@ func (s *Store) Get(ctx context.Context, want ...alloc.Key) ([]alloc.Entry, allo
 
 func entry(key alloc.Key, kv *mvccpb.KeyValue) alloc.Entry {
 	e := alloc.Entry{Key: key, Token: alloc.Token(kv.Value), Revision: alloc.Revision(kv.ModRevision)}
-	e.Record, e.Err = decode(key, kv.Value)
+	if e.Record, e.Err = decode(key, kv.Value); e.Err != nil {
+		e.Owner = ownerIn(key, kv.Value)
+	}
 	return e
 }
 

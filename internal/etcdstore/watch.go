@@ -186,7 +186,7 @@ func (s *Store) deliver(w *watch, events []*mvccpb.Event, apply func(alloc.Revis
 			c := alloc.Change{Key: key, Revision: alloc.Revision(rev)}
 			if ev.Type == mvccpb.Event_PUT {
 				e := entry(key, ev.Kv)
-				c.Record, c.Token, c.Err = e.Record, e.Token, e.Err
+				c.Record, c.Token, c.Err, c.Owner = e.Record, e.Token, e.Err, e.Owner
 			}
 			changes = append(changes, c)
 		}

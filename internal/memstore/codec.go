@@ -150,18 +150,23 @@ func (e *encoder) value(v reflect.Value) {
 	}
 }
 
-// decode reads what encode wrote. Times come back in UTC, empty slices and maps as nil.
-func decode(k alloc.Key, value []byte) (alloc.Record, error) {
-	if value[0] > form {
-		return nil, &alloc.Error{Reason: alloc.ReasonFormat, Subject: "record " + k.String(), Msg: "a newer version wrote it"}
-	}
+// decode reads what encode wrote. Times come back in UTC, empty slices and maps as nil. Of a sandbox that
+// it refuses as a newer version's it tells the owner, if it can.
+func decode(k alloc.Key, value []byte) (_ alloc.Record, owner string, _ error) {
 	rec := newRecord(k.Kind)
 	d := decoder{in: value[1:]}
 	d.value(reflect.ValueOf(rec).Elem())
-	if value[0] < form || d.bad || len(d.in) != 0 || rec.Key() != k {
-		return nil, &alloc.Error{Reason: alloc.ReasonMalformed, Subject: "record " + k.String(), Msg: "it cannot be read"}
+	whole := !d.bad && len(d.in) == 0 && rec.Key() == k
+	if value[0] > form {
+		if sb, ok := rec.(*alloc.Sandbox); ok && whole && alloc.ValidateName("host name", sb.Owner) == nil {
+			owner = sb.Owner
+		}
+		return nil, owner, &alloc.Error{Reason: alloc.ReasonFormat, Subject: "record " + k.String(), Msg: "a newer version wrote it"}
 	}
-	return rec, nil
+	if value[0] < form || !whole {
+		return nil, "", &alloc.Error{Reason: alloc.ReasonMalformed, Subject: "record " + k.String(), Msg: "it cannot be read"}
+	}
+	return rec, "", nil
 }
 
 type decoder struct {

@@ -90,7 +90,7 @@ func (s *Store) entry(k alloc.Key, at alloc.Revision) alloc.Entry {
 		return alloc.Entry{Key: k}
 	}
 	e := alloc.Entry{Key: k, Token: alloc.Token(v.value), Revision: v.rev}
-	e.Record, e.Err = decode(k, v.value)
+	e.Record, e.Owner, e.Err = decode(k, v.value)
 	return e
 }
 
@@ -264,7 +264,7 @@ func (s *Store) Watch(ctx context.Context, from alloc.Revision, apply func(alloc
 				out := alloc.Change{Key: ch.key, Revision: c.rev}
 				if ch.value != nil {
 					out.Token = alloc.Token(ch.value)
-					out.Record, out.Err = decode(ch.key, ch.value)
+					out.Record, out.Owner, out.Err = decode(ch.key, ch.value)
 				}
 				changes = append(changes, out)
 			}

@@ -26,7 +26,7 @@ func (s allocator) GetPool(ctx context.Context, _ *nsallocv1.GetPoolRequest) (*n
 	var pool *alloc.Pool
 	var unreadable uint64
 	rev, err := s.view.read(ctx, false, func(ix *index) error {
-		pool, unreadable = ix.pool, uint64(len(ix.unreadable)) // without pool and counter, or there is no answer
+		pool, unreadable = ix.pool, uint64(len(ix.unreadable)) // not the pool itself, or there is no answer
 		return nil
 	})
 	if err != nil {

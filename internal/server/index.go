@@ -41,6 +41,8 @@ type index struct {
 	// unreadable leave all indexes.
 	unreadable map[alloc.Key]error
 	unread     map[alloc.Kind]uint64 // how many of a kind may hide a record
+	hiddenOf   map[alloc.Key]string  // of those sandboxes, the owner; "" when nobody can tell
+	unreadOf   map[string]uint64     // by that owner, how many
 
 	// clashes: two sandboxes have, or had, one serial or namespace, of which only the later is found by it.
 	// The writer's alone.
@@ -74,7 +76,8 @@ func newIndex() *index {
 	return &index{
 		bySerial: map[alloc.Serial]*entry{}, byKernel: map[kernelKey]*entry{}, owners: map[string][]*entry{},
 		checkpoints: map[alloc.Serial]*alloc.Checkpoint{}, cpsOf: map[alloc.Serial][]alloc.Serial{}, byRun: map[string]alloc.Serial{},
-		hosts: map[string]*alloc.Host{}, unreadable: map[alloc.Key]error{}, unread: map[alloc.Kind]uint64{}, places: map[place]uint32{}, texts: map[string]string{},
+		hosts: map[string]*alloc.Host{}, unreadable: map[alloc.Key]error{}, unread: map[alloc.Kind]uint64{},
+		hiddenOf: map[alloc.Key]string{}, unreadOf: map[string]uint64{}, places: map[place]uint32{}, texts: map[string]string{},
 	}
 }
 
@@ -83,6 +86,7 @@ type update struct {
 	key    alloc.Key
 	record alloc.Record // nil: deleted, or err says why it cannot be read
 	err    error
+	owner  string // of a sandbox, beside err: Change.Owner
 	// Of a sandbox:
 	next     entry
 	bindings []alloc.Serial // the old record's when it was deleted
@@ -91,10 +95,10 @@ type update struct {
 	live     []kernelKey    // the new record's
 }
 
-// prepare is called by the writer, without the lock. unreadable is why there is no record where there is
-// a value.
-func (ix *index) prepare(key alloc.Key, record alloc.Record, unreadable error) (update, error) {
-	u := update{key: key, record: record, err: unreadable}
+// prepare is called by the writer, without the lock.
+func (ix *index) prepare(c alloc.Change) (update, error) {
+	key, record := c.Key, c.Record
+	u := update{key: key, record: record, err: c.Err, owner: c.Owner}
 	if key.Kind != alloc.KindSandbox {
 		return u, nil
 	}

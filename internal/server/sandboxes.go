@@ -135,7 +135,7 @@ func (s sandboxes) List(ctx context.Context, req *nsallocv1.SandboxesListRequest
 	var unreadable uint64
 	more := false
 	rev, err := s.view.read(ctx, req.GetLinearizable(), func(ix *index) error {
-		unreadable = ix.unread[alloc.KindSandbox]
+		unreadable = ix.leftOut(req.GetOwner())
 		list := ix.order
 		if req.GetOwner() != "" {
 			list = ix.owners[req.GetOwner()]

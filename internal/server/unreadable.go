@@ -52,9 +52,14 @@ func viewed(kind alloc.Kind) bool {
 	return false
 }
 
+// applyUnreadable comes before the record leaves the other indexes: they know its owner.
 func (ix *index) applyUnreadable(u update) {
 	_, was := ix.unreadable[u.key]
-	switch is := u.err != nil && viewed(u.key.Kind); {
+	is := u.err != nil && viewed(u.key.Kind)
+	if u.key.Kind == alloc.KindSandbox && (is || was) && hides(u.key) {
+		ix.hide(u, is, was)
+	}
+	switch {
 	case is:
 		ix.unreadable[u.key] = u.err
 		if !was && hides(u.key) {
@@ -66,6 +71,48 @@ func (ix *index) applyUnreadable(u update) {
 			ix.unread[u.key.Kind]--
 		}
 	}
+}
+
+// hide keeps count of whose the sandboxes are that cannot be read: the owner that the value names, or else the
+// one that was known before.
+func (ix *index) hide(u update, is, was bool) {
+	owner := u.owner
+	if was {
+		before := ix.hiddenOf[u.key]
+		if owner == "" {
+			owner = before
+		}
+		delete(ix.hiddenOf, u.key)
+		if ix.unreadOf[before]--; ix.unreadOf[before] == 0 {
+			delete(ix.unreadOf, before)
+		}
+	} else if owner == "" {
+		owner = ix.ownerOf(u.key)
+	}
+	if is {
+		ix.hiddenOf[u.key] = owner
+		ix.unreadOf[owner]++
+	}
+}
+
+// ownerOf is the owner of the sandbox under a key, "" when there is none.
+func (ix *index) ownerOf(key alloc.Key) string {
+	var s alloc.Serial
+	if s.UnmarshalText([]byte(key.ID)) != nil {
+		return ""
+	}
+	if e := ix.bySerial[s]; e != nil && e.serial == s {
+		return e.owner
+	}
+	return ""
+}
+
+// leftOut is how many sandboxes cannot be read that may be the owner's; for "", of the whole pool.
+func (ix *index) leftOut(owner string) uint64 {
+	if owner == "" {
+		return ix.unread[alloc.KindSandbox]
+	}
+	return ix.unreadOf[owner] + ix.unreadOf[""]
 }
 
 // hides reports whether a record of ours may stand under a key. A value under any other one takes

@@ -247,8 +247,76 @@ func TestUnreadableHost(t *testing.T) {
 	w.put(alloc.HostKey("a"), value)
 }
 
-// TestUnreadablePool: without the pool's record or the counter there is no answer and no issue, and health
-// says so; when they are back, there is.
+// unreadOf waits until a server's view is up to date, and is what lists of a host's sandboxes leave out ("": of the pool's).
+func (r *running) unreadOf(owner string) uint64 {
+	r.t.Helper()
+	resp, err := nsallocv1.NewSandboxesClient(r.dial("").Conn()).List(r.t.Context(), &nsallocv1.SandboxesListRequest{Owner: owner, Linearizable: true})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return resp.GetUnreadable()
+}
+
+// TestUnreadableOfOneHost: a record that cannot be read makes only those lists incomplete that it may be missing
+// from, or an agent that starts anywhere could not join.
+func TestUnreadableOfOneHost(t *testing.T) {
+	name := newPool()
+	st := openPool(t, shared.Endpoint(), name)
+	initPool(t, st)
+	checked(t, st)
+	w := otherThan(t, name)
+	knew := start(t, Config{Store: st}) // what is unreadable, before it became so
+	knew.waitLoaded()
+	sb := join(t, knew.dial("a"), "a").register()
+	join(t, knew.dial("b"), "b").register()
+	value := w.get(sb.Key())
+	handed := string(protowire.AppendString(protowire.AppendTag(nil, 3, protowire.BytesType), "b"))
+	unknown := alloc.SandboxKey(sb.Serial + 500)
+	check := func(what string, r *running, a, b, pool uint64) {
+		t.Helper()
+		if gotA, gotB, got := r.unreadOf("a"), r.unreadOf("b"), r.unreadOf(""); gotA != a || gotB != b || got != pool {
+			t.Errorf("%s: the lists of a, b and the pool leave out %d, %d and %d, not %d, %d and %d", what, gotA, gotB, got, a, b, pool)
+		}
+	}
+	late := func() *running { // a server that has seen nothing else
+		r := start(t, Config{Store: openPool(t, shared.Endpoint(), name)})
+		r.waitLoaded()
+		return r
+	}
+	check("all is readable", knew, 0, 0, 0)
+	w.fromNewer(sb.Key())
+	newer := late()
+	for what, r := range map[string]*running{"it knew": knew, "it started": newer} {
+		check("a newer version's, "+what, r, 1, 0, 1)
+	}
+	w.put(sb.Key(), w.get(sb.Key())+handed) // the newer version handed it off
+	for what, r := range map[string]*running{"it knew": knew, "it started": newer} {
+		check("handed off, "+what, r, 0, 1, 1)
+	}
+	w.put(sb.Key(), "\xff")
+	check("garbage, after it was b's", knew, 0, 1, 1)
+	check("garbage, to who knows nothing of it", late(), 1, 1, 1)
+	w.put(sb.Key(), value)
+	check("readable again", knew, 0, 0, 0)
+	w.put(sb.Key(), "\xff")
+	check("garbage in place of a's", knew, 1, 0, 1)
+	w.put(unknown, "\xff")
+	check("and garbage that may be anyone's", knew, 2, 1, 2)
+	w.put(unknown, value) // of another sandbox: what it names as its owner says nothing
+	check("and a value of another sandbox", knew, 2, 1, 2)
+	w.delete(unknown)
+	check("that is gone", knew, 1, 0, 1)
+	w.put(sb.Key(), value)
+	check("all is readable again", knew, 0, 0, 0)
+	knew.view.mu.RLock()
+	defer knew.view.mu.RUnlock()
+	if ix := knew.view.ix; len(ix.hiddenOf) != 0 || len(ix.unreadOf) != 0 {
+		t.Errorf("left over: %v, %v", ix.hiddenOf, ix.unreadOf)
+	}
+}
+
+// TestUnreadablePool: without the pool's record there is no answer and no issue, and health says so; when it is
+// back, there is. Without the counter nothing is issued, and all else goes on.
 func TestUnreadablePool(t *testing.T) {
 	name := newPool()
 	st := openPool(t, shared.Endpoint(), name)
@@ -264,13 +332,32 @@ func TestUnreadablePool(t *testing.T) {
 		key := alloc.Key{Kind: kind}
 		value := w.get(key)
 		w.put(key, "\xff")
-		if _, err := c.Sandbox(t.Context(), sb.Serial, true); !errors.Is(err, alloc.ErrMalformed) || !strings.Contains(err.Error(), string(kind)) {
+		_, err := c.Sandbox(t.Context(), sb.Serial, true)
+		switch {
+		case kind == alloc.KindPool && (!errors.Is(err, alloc.ErrMalformed) || !strings.Contains(err.Error(), string(kind))):
 			t.Errorf("a read without the %s: %v", kind, err)
+		case kind == alloc.KindCounter && err != nil:
+			t.Errorf("a read without the %s: %v", kind, err)
+		}
+		if _, err := a.Grant(t.Context(), alloc.GrantCommand{Mutation: a.mutation(), Count: 1}); !errors.Is(err, alloc.ErrMalformed) || !strings.Contains(err.Error(), string(kind)) {
+			t.Errorf("Grant without the %s: %v", kind, err)
 		}
 		if _, err := c.Allocate(t.Context(), alloc.AllocateCommand{RequestID: client.NewRequestID(), Count: 1}); !errors.Is(err, alloc.ErrMalformed) || !strings.Contains(err.Error(), string(kind)) {
 			t.Errorf("Allocate without the %s: %v", kind, err)
 		}
-		eventually(t, "health says it of "+string(kind), func() bool { return r.gauge("nsalloc_serving", "") == 0 })
+		if kind == alloc.KindPool {
+			eventually(t, "health says it of "+string(kind), func() bool { return r.gauge("nsalloc_serving", "") == 0 })
+		} else {
+			if err := r.probe(t.Context()); err != nil {
+				t.Errorf("health without the %s: %v", kind, err)
+			}
+			if n := r.gauge("nsalloc_view_unreadable_records", string(kind)); n != 1 {
+				t.Errorf("the metric of the %s says %v", kind, n)
+			}
+			if h, err := a.Open(t.Context(), a.openCommand(sb)); err != nil {
+				t.Errorf("Open without the %s: %+v, %v", kind, h, err)
+			}
+		}
 		w.put(key, value)
 		if _, err := c.Sandbox(t.Context(), sb.Serial, true); err != nil {
 			t.Errorf("with the %s: %v", kind, err)

@@ -31,7 +31,7 @@ const (
 // there is no answer: why it loads again is that what it held may never have been.
 //
 // A record that cannot be read is left out of every list, and is never taken for absent: who asks for it
-// gets its error (index.unreadable). When it changes or is deleted, the view follows as always.
+// gets its error (index.unreadable), and a list of a host's sandboxes says so if it may be that host's. When it changes or is deleted, the view follows as always.
 type view struct {
 	store alloc.Store
 	log   *slog.Logger
@@ -130,7 +130,7 @@ func (v *view) load(ctx context.Context) (alloc.Revision, error) {
 			if e.Record == nil && e.Err == nil {
 				continue
 			}
-			u, err := ix.prepare(e.Key, e.Record, e.Err)
+			u, err := ix.prepare(alloc.Change{Key: e.Key, Record: e.Record, Err: e.Err, Owner: e.Owner})
 			if err != nil {
 				return err
 			}
@@ -208,12 +208,12 @@ func (v *view) apply(rev alloc.Revision, changes []alloc.Change) error {
 	updates := make([]update, 0, len(changes))
 	poke := false
 	for _, c := range changes {
-		u, err := v.ix.prepare(c.Key, c.Record, c.Err) // reading ix needs no lock here: this is its writer
+		u, err := v.ix.prepare(c) // reading ix needs no lock here: this is its writer
 		if err != nil {
 			return err
 		}
 		updates = append(updates, u)
-		poke = poke || c.Key.Kind == alloc.KindPool || c.Key.Kind == alloc.KindCounter && (c.Err != nil || v.ix.unreadable[c.Key] != nil)
+		poke = poke || c.Key.Kind == alloc.KindPool
 	}
 	v.mu.Lock()
 	for _, u := range updates {
@@ -268,13 +268,12 @@ func (v *view) read(ctx context.Context, linearizable bool, ask func(*index) err
 	return v.rev, ask(v.ix)
 }
 
-// usable says why there is no answer. The caller holds mu.
+// usable says why there is no answer. That the counter cannot be read is no reason: only issuing needs it,
+// and reads it in the store. The caller holds mu.
 func (v *view) usable() error {
 	switch r := alloc.ReasonOf(v.trouble); {
 	case v.loaded && v.ix.unreadable[alloc.Key{Kind: alloc.KindPool}] != nil:
 		return v.ix.unreadable[alloc.Key{Kind: alloc.KindPool}]
-	case v.loaded && v.ix.unreadable[alloc.Key{Kind: alloc.KindCounter}] != nil:
-		return v.ix.unreadable[alloc.Key{Kind: alloc.KindCounter}]
 	case v.loaded && v.ix.pool == nil:
 		return &alloc.Error{Reason: alloc.ReasonPoolMissing, Msg: "the store holds no pool",
 			Fix: "check that it is the right etcd and pool name; create a new pool with: nsalloc pool init"}

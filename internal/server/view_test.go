@@ -203,7 +203,7 @@ func TestIndex(t *testing.T) {
 	boots := []string{uuid.NewString(), uuid.NewString(), uuid.NewString()}
 	states := []alloc.SandboxState{alloc.StateRunning, alloc.StateDumped, alloc.StateInTransit, alloc.StateClaimed, alloc.StateEnded}
 	change := func(key alloc.Key, rec alloc.Record) {
-		u, err := ix.prepare(key, rec, nil)
+		u, err := ix.prepare(alloc.Change{Key: key, Record: rec})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -304,7 +304,7 @@ func compare(t *testing.T, ix *index, plain map[alloc.Serial]*alloc.Sandbox) {
 func TestCheckpointsInIndex(t *testing.T) {
 	ix := newIndex()
 	put := func(c *alloc.Checkpoint) {
-		u, err := ix.prepare(c.Key(), c, nil)
+		u, err := ix.prepare(alloc.Change{Key: c.Key(), Record: c})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -340,7 +340,7 @@ func BenchmarkIndexMemory(b *testing.B) {
 		for j, t := range alloc.NamespaceTypes() {
 			sb.Bindings = append(sb.Bindings, alloc.Binding{Serial: first + 1 + alloc.Serial(j), Type: t, Bound: now, Kernel: alloc.KernelID{BootID: boot, ID: uint64(8*i + j + 1), Inode: 4026531840}})
 		}
-		u, err := ix.prepare(sb.Key(), sb, nil)
+		u, err := ix.prepare(alloc.Change{Key: sb.Key(), Record: sb})
 		if err != nil {
 			b.Fatal(err)
 		}

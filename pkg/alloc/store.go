@@ -136,7 +136,10 @@ type Entry struct {
 	// newer version wrote. Record is nil then, and Token is the value's: such a record can be guarded,
 	// moved and deleted, but never be mistaken for an absent one. (Only an empty value, which no version
 	// writes, has no Token: no guard holds on it.)
-	Err      error
+	Err error
+	// Owner, beside the Err of a sandbox, is the host that the value names as its owner, as far as that can
+	// be told, or "". It only narrows down whose the record may be: nothing is decided by it.
+	Owner    string
 	Revision Revision // of the record's last change; 0 when absent
 }
 
@@ -154,12 +157,13 @@ type Tx struct {
 }
 
 // Change is one committed write as a watch delivers it; Record is nil when the key was deleted, and
-// when the value cannot be understood: Err says why, as in Entry.
+// when the value cannot be understood: Err says why, and Owner whose it is, as in Entry.
 type Change struct {
 	Key      Key
 	Record   Record
 	Token    Token
 	Err      error
+	Owner    string
 	Revision Revision
 }
 

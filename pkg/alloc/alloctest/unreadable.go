@@ -57,6 +57,13 @@ func testUnreadable(t *testing.T, s alloc.Store) {
 			if !errors.Is(e.Err, want) || e.Key != key || e.Record != nil || e.Token != alloc.Token(value) || e.Revision == 0 || e.Revision > rev {
 				t.Errorf("Get of %s, which is %s, gives %+v", key, want.Reason, e)
 			}
+			owner := ""
+			if sb, ok := rec.(*alloc.Sandbox); ok && want == alloc.ErrFormat {
+				owner = sb.Owner
+			}
+			if e.Owner != owner {
+				t.Errorf("%s, which is %s, is %q's, not %q's", key, want.Reason, e.Owner, owner)
+			}
 			if entries[1].Err != nil || entries[1].Record == nil {
 				t.Errorf("beside %s: %+v", key, entries[1])
 			}
@@ -64,7 +71,7 @@ func testUnreadable(t *testing.T, s alloc.Store) {
 				listsUnreadable(t, s, e)
 			}
 			changes := f.until(e.Revision)
-			if got, last := describeAll(changes), changes[len(changes)-1]; got != "!"+key.String() || !errors.Is(last.Err, want) || last.Record != nil || last.Token != e.Token {
+			if got, last := describeAll(changes), changes[len(changes)-1]; got != "!"+key.String() || !errors.Is(last.Err, want) || last.Record != nil || last.Token != e.Token || last.Owner != e.Owner {
 				t.Errorf("the watch delivered %s: %+v", got, last)
 			}
 		}
@@ -100,7 +107,7 @@ func listsUnreadable(t *testing.T, s alloc.Store, e alloc.Entry) {
 			t.Errorf("beside %s: %+v", e.Key, got)
 		case got.Key == e.Key:
 			seen++
-			if got.Record != nil || got.Token != e.Token || got.Revision != e.Revision || alloc.ReasonOf(got.Err) != alloc.ReasonOf(e.Err) {
+			if got.Record != nil || got.Token != e.Token || got.Revision != e.Revision || got.Owner != e.Owner || alloc.ReasonOf(got.Err) != alloc.ReasonOf(e.Err) {
 				t.Errorf("List has %+v, Get has %+v", got, e)
 			}
 		}

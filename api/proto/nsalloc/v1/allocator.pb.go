@@ -166,7 +166,7 @@ type GetPoolResponse struct {
 	Pool *Pool `protobuf:"bytes,1,opt,name=pool,proto3" json:"pool,omitempty"`
 	// The store's revision that this answer reflects.
 	Revision int64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
-	// How many records of the pool, of any kind that is listed, this server cannot read: `nsalloc check` names them.
+	// How many records of the pool, of any kind that is listed or the counter, this server cannot read: `nsalloc check` names them.
 	Unreadable    uint64 `protobuf:"varint,3,opt,name=unreadable,proto3" json:"unreadable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -818,8 +818,8 @@ type SandboxesListResponse struct {
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	// The store's revision that this answer reflects.
 	Revision int64 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
-	// How many sandboxes of the pool, of any owner and state, this server cannot read and leaves out; who acts on
-	// what is absent must not, while this is not 0.
+	// How many sandboxes, of any state, this server cannot read and leaves out: of the pool, or, of a request that
+	// names an owner, those that may be that owner's. Who acts on what is absent must not, while this is not 0.
 	Unreadable    uint64 `protobuf:"varint,4,opt,name=unreadable,proto3" json:"unreadable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
