@@ -43,6 +43,12 @@ var mutations = []mutation{
 	// What a mend must not give away.
 	{"a mended counter begins at 1", domain + "/mendplan.go", "next, start := top+1, randomStart()", "next, start := top+1, uint64(1)", domain, "TestMend/PutBack"},
 	{"a record that cannot be read gives up its serial", domain + "/checkserials.go", "if k.Kind != KindSandbox && k.Kind != KindCheckpoint {", "if true {", domain, "TestMend/UnreadableHeld"},
+	{"serials leave that could be issued again", domain + "/mendplan.go", "	if err := r.keepIssued(key, serials); err != nil {", "	if err := r.keepIssued(key, serials[:0]); err != nil {", domain, "TestMend/Refuses"},
+	{"an unreadable record leaves while the counter is wrong", domain + "/mendplan.go", "&& r.counterWrong() {", "&& false {", domain, "TestMend/UnreadableUnknown"},
+	{"a mend puts nothing aside", domain + "/mend.go", "				tx.Put = append(tx.Put, aside)\n", "", domain, "TestMend/CutOff"},
+	{"a late mend is done twice", domain + "/mend.go", "				tx.Guards = append(tx.Guards, Guard{Key: aside.Key()})\n", "", domain, "TestFaults"},
+	{"what is parted with is not compared", domain + "/part.go", "if b.Type != was.Type || b.Kernel != was.Kernel {", "if false {", domain, "TestService/RegisterParts"},
+	{"images from before a part are the sandbox's", domain + "/part.go", "		sb.Checkpoint, sb.Claim = 0, nil\n", "", domain, "TestService/PartsFromCopies"},
 
 	// The store in etcd, and a server's answers.
 	{"absence is not compared", etcd + "/store.go", "		req.Compare = append(req.Compare, compare(key, g.Token))", "		if g.Token != \"\" {\n			req.Compare = append(req.Compare, compare(key, g.Token))\n		}", etcd, "TestStore/GuardsCompareAbsence"},
