@@ -146,15 +146,18 @@ func (c *Client) Check(ctx context.Context) (alloc.Report, error) {
 	return wire.ReportFromWire(resp), err
 }
 
-// pages yields page after page. The last page's count of what was left out is the one that holds.
+// pages yields page after page. Each is of a revision of its own and counts what could not be read there: the
+// most of them holds, or a record that became readable behind the page that it belongs on would be missed.
 func pages[P, D any](what string, page func(token string) ([]*P, string, uint64, error), convert func(*P) *D) iter.Seq2[*D, error] {
 	return func(yield func(*D, error) bool) {
+		var unreadable uint64
 		for token := ""; ; {
-			items, next, unreadable, err := page(token)
+			items, next, leftOut, err := page(token)
 			if err != nil {
 				yield(nil, err)
 				return
 			}
+			unreadable = max(unreadable, leftOut)
 			for _, it := range items {
 				if !yield(convert(it), nil) {
 					return
