@@ -3,6 +3,8 @@ package e2e
 import (
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -31,6 +33,8 @@ func (c cell) String() string {
 // result is what became of a cell.
 type result struct {
 	hit     bool
+	before  []string      // RPCs of which an answer was lost before the point struck
+	after   []string      // and after it
 	verdict string        // what was seen when processes and store agreed
 	where   string        // the host where it ran at the end
 	agreed  time.Duration // from the restart of what was killed
@@ -50,6 +54,12 @@ type cellRun struct {
 	ns     namespaces
 	source *alloc.Sandbox
 	count  int
+
+	request   string // of an operator
+	allocated alloc.Ranges
+	before    alloc.Range // what was allocated before allocated
+	mending   string      // the mend's request
+	mended    alloc.Mended
 }
 
 const killBundle = "/var/lib/bundles/kill"
@@ -96,8 +106,13 @@ func (c *cellRun) run() {
 	if j.prepare != nil {
 		j.prepare(c)
 	}
+	moved := c.watch()
+	defer moved()
 	restarted := c.strike(j)
 	o := c.agree()
+	if order := moved(); len(order) > 2 && !j.clones {
+		c.p.t.Errorf("two copies ran at once: the counters moved on %s", strings.Join(order, ", then on "))
+	}
 	c.result.agreed = time.Since(restarted)
 	if c.result.agreed > settledIn {
 		c.p.t.Errorf("processes and store agreed %v after the restart, %v are allowed", c.result.agreed, settledIn)
@@ -109,9 +124,15 @@ func (c *cellRun) run() {
 	if c.ns == nil && o.runsOn() == "a" {
 		c.must(c.remember())
 	}
+	if j.holds != nil {
+		c.must(j.holds(c))
+	}
+	if c.result.verdict == onAVoid {
+		c.restoreVoid()
+	}
 	c.finish(j, o)
-	if c.lost && !c.anyLost() {
-		c.p.t.Error("no answer of the store was lost: the cell shows nothing")
+	if c.lost {
+		c.checkLost()
 	}
 	c.disarm()
 	c.p.check()
@@ -308,13 +329,35 @@ func (c *cellRun) finished(j journey, o *observation) {
 	}
 }
 
-func (c *cellRun) anyLost() bool {
-	for rpc := range byRPC {
-		if c.hit("", "lose/"+rpc) {
-			return true
-		}
+// checkLost holds against the table what was lost before the point struck.
+func (c *cellRun) checkLost() {
+	c.p.t.Helper()
+	c.result.before, c.result.after = c.losses()
+	if len(c.result.before)+len(c.result.after) == 0 {
+		c.p.t.Error("no answer of the store was lost: the cell shows nothing")
 	}
-	return false
+	for _, row := range lostFirst {
+		if !regexp.MustCompile(row.cells).MatchString(string(c.point) + " " + c.role) {
+			continue
+		}
+		for _, rpc := range row.rpcs {
+			if !slices.Contains(c.result.before, rpc) {
+				c.p.t.Errorf("no answer to %s was lost before the point struck, but to %v", rpc, c.result.before)
+			}
+		}
+		return
+	}
+}
+
+// restoreVoid tries images of a dump that was vetoed: they are refused for that.
+func (c *cellRun) restoreVoid() {
+	c.p.t.Helper()
+	c.must(c.transfer())
+	if err := c.restore("b", ""); err == nil || !strings.Contains(err.Error(), "vetoed") {
+		c.p.t.Errorf("restore of void images: %v", err)
+	}
+	c.remove("b", c.id)
+	c.agree()
 }
 
 // clear removes the container, for the next cell.

@@ -24,7 +24,7 @@ const (
 // next action of a CRIU that lives.
 var expected = []struct{ cells, verdict string }{
 	// A server's answer is late, and its callers ask again.
-	{`^server/(Hello|Grant|Register)/`, onA},
+	{`^server/(Allocate|Mend|Hello|Grant|Register)/`, onA},
 	{`^server/End/`, `ended`},
 	{`^server/Open/`, transit + either + onA + either + onAVoid}, // the restart may take longer than a hook waits
 	{`^server/Confirm/`, transit},
@@ -66,7 +66,9 @@ var expected = []struct{ cells, verdict string }{
 	{`^agent/post-restore/(verdict-recorded|answering)|^hook/post-restore/answered`, overOnB},
 	{`^(agent|hook)/(network-unlock|pre-resume|post-resume)/.* target$|^agent/post-restore/answered|^agent/outcome/.* target$`, onB},
 	{`^hook/post-restore/asked`, transit + either + overOnB},
-	{`^(agent|hook)/.* target$`, transit},
+	{`^agent/(pre-restore/(verdict-.*|answering)|(setup-namespaces|post-setup-namespaces)/answering|post-restore/verdict-recording) target$`, transit},
+	{`^agent/(Claim|Bind|Release|claim|root|tree|parked)/.* target$`, transit},
+	{`^hook/((pre-restore|setup-namespaces|post-setup-namespaces)/.*|post-restore/asking) target$`, transit},
 }
 
 // mayShow reports whether a cell may show a verdict, and what it should.
@@ -76,5 +78,5 @@ func (c cell) mayShow(verdict string) (want string, ok bool) {
 			return e.verdict, regexp.MustCompile(`^(` + e.verdict + `)$`).MatchString(verdict)
 		}
 	}
-	return "nothing", false
+	return "", false
 }

@@ -25,6 +25,8 @@ type journey struct {
 	fault func(*cellRun) (heal func())
 	// op is what an operator does. Its error says nothing: ownership follows what is seen of processes.
 	op func(*cellRun) error
+	// holds says what else must be, when processes and store agree.
+	holds func(*cellRun) error
 	// ends: the operation is the container's end, and nothing is to be continued.
 	ends bool
 	// clones: the operation restores images of a container that goes on, which gives a clone beside it.
@@ -32,7 +34,9 @@ type journey struct {
 }
 
 var journeys = map[string]journey{
-	"start": {op: (*cellRun).start},
+	"start":    {op: (*cellRun).start},
+	"allocate": {prepare: (*cellRun).prepareAllocate, op: (*cellRun).allocate, holds: (*cellRun).allocatedOnce},
+	"mend":     {prepare: (*cellRun).prepareMend, op: (*cellRun).mend, holds: (*cellRun).mendedOnce},
 	"dump": {
 		prepare: func(c *cellRun) { c.must(c.start()) },
 		op:      func(c *cellRun) error { return c.dump("a") },
@@ -140,8 +144,9 @@ var (
 	onLost    = []place{{"source", "lost-disk-a"}, {"target", "lost-disk-b"}}
 )
 
-// byRPC is where an agent makes each call; a server answers it on the first of them.
+// byRPC is where an agent or an operator makes each call; a server answers it on the first of them.
 var byRPC = map[string][]place{
+	"Allocate": {{"server", "allocate"}}, "Mend": {{"server", "mend"}},
 	"Hello": onLost, "Grant": onLost, "Register": {{"source", "start"}, {"target", "clone"}}, "End": onEnd,
 	"Open": onDump, "Confirm": onDump, "Abort": {{"source", "leave-running"}},
 	"Claim": onRestore, "Bind": onRestore, "Release": {{"target", "parked"}},

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -26,7 +27,7 @@ const killCells = "NSALLOC_KILL_CELLS"
 
 // allCells is how many cells the matrix has. The test counts them; a point, or a place where one is passed,
 // that goes away is noticed here.
-const allCells = 306
+const allCells = 314
 
 // everyRun is the fixed selection: some of each process, with the store's answers and without.
 const everyRun = `^(` +
@@ -80,6 +81,14 @@ func matrix(t *testing.T) []cell {
 				t.Fatalf("there is no journey %q", pl.journey)
 			}
 			cells = append(cells, cell{p, pl, false}, cell{p, pl, true})
+			if want, _ := (cell{p, pl, false}).mayShow(""); want == "" {
+				t.Errorf("nothing says what a cell of %s %s may show", p, pl.role)
+			}
+		}
+	}
+	for _, l := range lostFirst {
+		if !slices.ContainsFunc(cells, func(c cell) bool { return regexp.MustCompile(l.cells).MatchString(string(c.point) + " " + c.role) }) {
+			t.Errorf("what %s loses first is of no cell", l.cells)
 		}
 	}
 	for _, e := range expected {
@@ -190,10 +199,18 @@ func (m *killMatrix) close() {
 	}
 }
 
+func (r row) losses() string {
+	if !r.lost {
+		return ""
+	}
+	say := func(rpcs []string) string { return cmp.Or(strings.Join(rpcs, " "), "none") }
+	return say(r.before) + "; " + say(r.after)
+}
+
 func (m *killMatrix) table() string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "cell\thit\tseen when they agreed\tended\tafter\ttook\t")
+	fmt.Fprintln(w, "cell\thit\tlost before; after it struck\tseen when they agreed\tended\tafter\ttook\t")
 	hits, failed := 0, 0
 	for _, r := range m.rows {
 		mark := ""
@@ -204,7 +221,7 @@ func (m *killMatrix) table() string {
 			failed++
 			mark = "FAILED"
 		}
-		fmt.Fprintf(w, "%s\t%v\t%s\t%s\t%.1f s\t%.1f s\t%s\n", r.cell, r.hit, r.verdict, r.where, r.agreed.Seconds(), r.took.Seconds(), mark)
+		fmt.Fprintf(w, "%s\t%v\t%s\t%s\t%s\t%.1f s\t%.1f s\t%s\n", r.cell, r.hit, r.losses(), r.verdict, r.where, r.agreed.Seconds(), r.took.Seconds(), mark)
 	}
 	_ = w.Flush()
 	fmt.Fprintf(&b, "cells %d, hit %d, failed %d\n", len(m.rows), hits, failed)

@@ -8,6 +8,11 @@
 // if there is one: it is renamed to p.hit, and the process kills itself. So a test arms a point while the
 // process runs, it strikes once, whoever of several comes first, and p.hit proves that it was reached.
 //
+// Every RPC that writes has its points (internal/server's TestEveryWriteHasPoints). What a server commits of
+// its own has none: the pool's first records are one transaction before it serves anything, so that a server
+// that dies there leaves the whole pool or none, and the next start makes it or finds it; and the sweep of
+// old requests only removes what no answer rests on any more.
+//
 // Every point is registered here. A test holds that each is used in the code, and the kill matrix
 // (e2e/kill_matrix_test.go) that each has its cells: a point that nobody tests is a failure.
 //
@@ -92,7 +97,8 @@ const (
 
 // The names that families are completed with.
 var (
-	rpcs    = []string{"Hello", "Grant", "Register", "End", "Open", "Confirm", "Abort", "Claim", "Bind", "Release"}
+	agents  = []string{"Hello", "Grant", "Register", "End", "Open", "Confirm", "Abort", "Claim", "Bind", "Release"}
+	rpcs    = append([]string{"Allocate", "Mend"}, agents...)
 	actions = []string{"pre-dump", "network-lock", "post-dump", "network-unlock",
 		"pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore", "pre-resume", "post-resume"}
 	// recorded are the actions whose verdict something rests on (agent.settleAnswer); a veto at any other is
@@ -106,7 +112,7 @@ var registered = []struct {
 	of     []string // nil: it is a point, not a family
 }{
 	{ServerCommitting, rpcs}, {ServerCommitted, rpcs},
-	{AgentSending, rpcs}, {AgentReceived, rpcs},
+	{AgentSending, agents}, {AgentReceived, agents},
 	{AgentVerdictRecording, recorded}, {AgentVerdictRecorded, recorded},
 	{AgentAnswering, actions}, {AgentAnswered, actions},
 	{AgentNonceRecording, nil}, {AgentNonceRecorded, nil},

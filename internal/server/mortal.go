@@ -18,8 +18,7 @@ type mortal struct{ alloc.Store }
 func (m mortal) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error) {
 	method, ok := grpc.Method(ctx)
 	if !ok {
-		// Housekeeping, on which nothing rests; and Allocate, which commits for several callers at once and
-		// has no point yet.
+		// The server's own: the pool's first records, and housekeeping (package killpoint).
 		return m.Store.Commit(ctx, tx)
 	}
 	rpc := path.Base(method)

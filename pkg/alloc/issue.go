@@ -112,7 +112,8 @@ func (s *Service) drain() {
 
 // issue answers every call of a batch, once.
 func (s *Service) issue(batch []*allocation) {
-	ctx, cancel := context.WithTimeout(context.Background(), issueTimeout)
+	// What the first call's context carries says for whom this is done; its end is not the batch's.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(batch[0].ctx), issueTimeout)
 	defer cancel()
 	open := make(map[string]*allocation, len(batch))
 	followers := map[string][]*allocation{} // the same id twice in one batch: one effect, the same answer

@@ -1,0 +1,114 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client"
+)
+
+// What an operator's requests change, while a container runs on a.
+
+// prepareAllocate notes where the counter is.
+func (c *cellRun) prepareAllocate() {
+	c.must(c.start())
+	c.before = c.oneMore()
+	c.request = client.NewRequestID()
+}
+
+// oneMore allocates one serial without a fault.
+func (c *cellRun) oneMore() alloc.Range {
+	c.p.t.Helper()
+	var got alloc.Ranges
+	c.must(client.Retry(c.p.ctx(), func(id string) (err error) {
+		got, err = c.p.Client().Allocate(c.p.ctx(), alloc.AllocateCommand{RequestID: id, Count: 1})
+		return err
+	}))
+	return got[0]
+}
+
+// ask asks for serials under the cell's request id until there is an answer.
+func (c *cellRun) ask() (got alloc.Ranges, err error) {
+	err = client.RetryID(c.p.ctx(), c.request, func(id string) (err error) {
+		got, err = c.p.Client().Allocate(c.p.ctx(), alloc.AllocateCommand{RequestID: id, Count: 5})
+		return err
+	})
+	return got, err
+}
+
+func (c *cellRun) allocate() (err error) {
+	c.allocated, err = c.ask()
+	return err
+}
+
+// allocatedOnce: the request was answered, it is answered the same again, and only what was answered has
+// left the counter: what a server committed before it died is what its successor answers.
+func (c *cellRun) allocatedOnce() error {
+	again, err := c.ask()
+	if err != nil {
+		return err
+	}
+	if len(again) != 1 || again[0].Count != 5 || !reflect.DeepEqual(again, c.allocated) {
+		return fmt.Errorf("request %s was answered %v, and then %v", c.request, c.allocated, again)
+	}
+	if err := c.follows(c.before, again[0]); err != nil {
+		return err
+	}
+	return c.follows(again[0], c.oneMore())
+}
+
+// follows: what lies between two ranges was granted to a host meanwhile; the front of it may be spent.
+func (c *cellRun) follows(a, b alloc.Range) error {
+	if a.Last()+1 == b.First {
+		return nil
+	}
+	for h, err := range c.p.Client().Hosts(c.p.ctx()) {
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(h.Granted, func(r alloc.Range) bool { return r.Contains(b.First - 1) }) {
+			return nil
+		}
+	}
+	return fmt.Errorf("between %s and %s serials are nobody's", a, b)
+}
+
+// prepareMend allocates what is mended: nobody waits for that request any more.
+func (c *cellRun) prepareMend() {
+	c.prepareAllocate()
+	c.must(c.allocate())
+	c.mending = client.NewRequestID()
+}
+
+// askMend has the record of the cell's request put aside, until there is an answer.
+func (c *cellRun) askMend() (done alloc.Mended, err error) {
+	err = client.RetryID(c.p.ctx(), c.mending, func(id string) (err error) {
+		done, err = c.p.Client().Mend(c.p.ctx(), alloc.MendCommand{RequestID: id, Kind: alloc.KindRequest, ID: c.request, Force: true})
+		return err
+	})
+	return done, err
+}
+
+func (c *cellRun) mend() (err error) {
+	c.mended, err = c.askMend()
+	return err
+}
+
+// mendedOnce: the mend was answered, it is answered the same again, and who asks under the request that was
+// put aside is refused. That Check finds nothing afterwards, every cell shows.
+func (c *cellRun) mendedOnce() error {
+	again, err := c.askMend()
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(again.Changed, alloc.Key{Kind: alloc.KindRequest, ID: c.request}) || !reflect.DeepEqual(again, c.mended) {
+		return fmt.Errorf("mend %s was answered %+v, and then %+v", c.mending, c.mended, again)
+	}
+	if got, err := c.ask(); !errors.Is(err, alloc.ErrRequestExpired) {
+		return fmt.Errorf("request %s was put aside, and is answered %v, %w", c.request, got, err)
+	}
+	return nil
+}
