@@ -51,6 +51,7 @@ func (c *cellRun) watch() (stop func() []string) {
 			look()
 			select {
 			case <-over:
+				look() // whoever stops it may have seen what the last look did not
 				return
 			case <-t.C:
 			}
