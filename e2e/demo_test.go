@@ -32,15 +32,7 @@ var machineFiles = []string{"/etc/criu", "/etc/criu/default.conf", "/etc/nsalloc
 
 func newDemo(t *testing.T, bin string, args ...string) *demo {
 	t.Helper()
-	if testing.Short() {
-		t.Skip("makes hosts")
-	}
-	if err := testhost.Check(); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
+	needHosts(t)
 	rootfs, err := testhost.RootFS(t.Context(), io.Discard)
 	if err != nil {
 		t.Fatal(err)

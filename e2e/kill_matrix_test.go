@@ -17,7 +17,6 @@ import (
 
 	"github.com/nsalloc/nsalloc/internal/kernelns"
 	"github.com/nsalloc/nsalloc/internal/killpoint"
-	"github.com/nsalloc/nsalloc/internal/testhost"
 	"github.com/nsalloc/nsalloc/internal/testpool"
 )
 
@@ -104,15 +103,7 @@ func matrix(t *testing.T) []cell {
 
 func buildWithPoints(t *testing.T) string {
 	t.Helper()
-	if testing.Short() {
-		t.Skip("makes hosts")
-	}
-	if err := testhost.Check(); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
+	needHosts(t)
 	dir := t.TempDir()
 	cmd := exec.Command("go", "build", "-tags", "killpoints", "-o", dir+"/", "../cmd/nsalloc", "../cmd/nsalloc-agent", "../cmd/nsalloc-hook", "../cmd/nsalloc-server")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")

@@ -51,8 +51,8 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// newPool starts a pool; where hosts cannot be made that is a skip, and in CI a failure.
-func newPool(t *testing.T, hosts ...string) *pool {
+// needHosts leaves a test out where hosts cannot be made; in CI that is a failure.
+func needHosts(t *testing.T) {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("makes hosts")
@@ -63,6 +63,12 @@ func newPool(t *testing.T, hosts ...string) *pool {
 		}
 		t.Skip(err)
 	}
+}
+
+// newPool starts a pool; see needHosts.
+func newPool(t *testing.T, hosts ...string) *pool {
+	t.Helper()
+	needHosts(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute) // a cold cache builds the root file system
 	defer cancel()
 	p, err := testpool.Start(ctx, testpool.Options{Bin: binaries, Hosts: hosts, Log: io.Discard})

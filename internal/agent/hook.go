@@ -103,7 +103,7 @@ func (a *Agent) settleAnswer(n *run, stage criuhook.Stage, answer criuhook.Respo
 		n.rec.Closed = !n.rec.ZeroGiven
 	}
 	if answer.Verdict == criuhook.Veto && stage.CanVeto && !last {
-		n.rec.Closed = true
+		n.rec.Closed = !n.rec.ZeroGiven // a 0 that CRIU was told stays told, whatever comes out of turn
 	}
 	n.rec.Answers[stage.Action] = answer
 	rests := last || answer.Verdict == criuhook.Veto || stage.Action == criuhook.PreRestore
@@ -114,7 +114,10 @@ func (a *Agent) settleAnswer(n *run, stage criuhook.Stage, answer criuhook.Respo
 	killpoint.At(killpoint.AgentVerdictRecording.Of(string(stage.Action)))
 	if err := a.runs.save(n); err != nil {
 		answer = a.refuse(stage, err)
-		n.rec.ZeroGiven, n.rec.Closed = false, true
+		if last {
+			n.rec.ZeroGiven = false // it has not left
+		}
+		n.rec.Closed = !n.rec.ZeroGiven
 		n.rec.Answers[stage.Action] = answer
 		a.runs.publish(n)
 	}

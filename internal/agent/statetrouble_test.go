@@ -113,6 +113,13 @@ func TestDiskTrouble(t *testing.T) {
 				d.passes(criuhook.PostDump, d.tree.pid, d.images)
 				d.tree.end()
 			}, true, alloc.StateInTransit, alloc.CheckpointOpen},
+			"an action out of turn, after 0 of a dump": {func(h *host, d *dumped, hit func(), want string) {
+				d.passes(criuhook.PreDump, d.tree.pid, d.images)
+				d.passes(criuhook.PostDump, d.tree.pid, d.images)
+				hit()
+				d.vetoed(criuhook.PreRestore, 0, d.images, want)
+				d.tree.end()
+			}, true, alloc.StateInTransit, alloc.CheckpointOpen},
 			"claim": {func(h *host, d *dumped, hit func(), want string) {
 				hit()
 				d.vetoed(criuhook.PreRestore, 0, d.images, want)

@@ -202,9 +202,9 @@ const (
 	maxAside = 700 << 10
 )
 
-// moveAside commits the moves, as many as fit in one transaction, in their order; wrote says that a
-// part of them is committed, also with an error. What was read for the
-// decision must not have changed since, but for records that are replaced whatever they say.
+// moveAside commits the moves, as many as fit in one transaction, in their order; wrote says that a part of
+// them is committed, also with an error. What was read for the decision must not have changed since, but for
+// records that are replaced whatever they say.
 func (s *Service) moveAside(ctx context.Context, cmd MendCommand, digest Digest, r all, moves []move) (wrote bool, err error) {
 	if cmd.Kind == KindCounter { // or this process's own issuing would win over and over
 		release, err := s.holdCounter(ctx)

@@ -218,8 +218,9 @@ func (r all) checkpoint(id string) (moves []move, serials Ranges, err error) {
 }
 
 // burn ends what a host may spend. Its life goes on, unless its record is lost: then it begins a new one.
-// The incarnation of that is higher than any before: each life was a commit of its own, and so the store's
-// revision counts at least as many.
+// The incarnation of that is higher than any that this store remembers: each life was a commit of its own,
+// and so the revision counts at least as many. A store that was put back counts fewer, and may repeat one of a
+// life that it has forgotten, unless its generation was raised.
 func (r all) burn(name string) ([]move, Ranges, error) {
 	key := HostKey(name)
 	if r.why(key).Err != nil {
