@@ -28,8 +28,14 @@ type machine struct {
 	sandbox alloc.Serial
 	dumps   map[string]alloc.OpenCommand // checkpoint -> the dump that made it, or was refused
 	models  []alloctest.Model            // what the sandbox may be like
-	pending []alloctest.Command          // commands that may take effect later
-	token   alloc.Token                  // the sandbox's record when they were sent: each of them compares it
+	pending []late                       // commands that may take effect later
+}
+
+// late is a command whose answer was lost. What it sent compares the sandbox's record as it was when its
+// step ended, or before: once that value is gone, it can change nothing any more.
+type late struct {
+	alloctest.Command
+	token alloc.Token
 }
 
 var hostNames = []string{"a", "b", "c"}
@@ -37,12 +43,12 @@ var hostNames = []string{"a", "b", "c"}
 func newMachine(t *testing.T, policy alloc.Policy) *machine {
 	m := &machine{store: memstore.New(), policy: policy, agents: map[string]*alloctest.Agent{}, dumps: map[string]alloc.OpenCommand{}}
 	m.p = alloctest.NewPool(t, m.store, policy)
+	t.Cleanup(func() { m.store.SetFaults(nil) }) // a draw can end the test within a call
 	for _, name := range hostNames {
 		m.agents[name] = m.p.Agent(name)
 	}
 	m.sandbox = m.agents["a"].Sandbox().Serial
 	m.models = []alloctest.Model{alloctest.NewModel("a")}
-	_, m.token = m.look(t)
 	return m
 }
 
@@ -201,7 +207,7 @@ func (m *machine) faults(t *rapid.T) func(memstore.Op) memstore.Fault {
 func (m *machine) grow(models []alloctest.Model) []alloctest.Model {
 	for i := 0; i < len(models); i++ {
 		for _, c := range m.pending {
-			next, answers := models[i].Step(c, m.policy)
+			next, answers := models[i].Step(c.Command, m.policy)
 			if answers.Allow(alloctest.Done) && !slices.ContainsFunc(models, next.Same) {
 				models = append(models, next)
 			}
@@ -241,8 +247,9 @@ func (m *machine) step(t *testing.T, rt *rapid.T) {
 	if r := alloc.ReasonOf(err); r == alloc.ReasonMalformed || r == alloc.ReasonInvalid {
 		rt.Fatalf("%s: %v", c, err)
 	}
-	if err != nil && lost {
-		m.pending = append(m.pending, c)
+	maybe := err != nil && lost
+	if maybe {
+		m.pending = append(m.pending, late{Command: c})
 	}
 	after = m.grow(after)
 	seen, token := m.look(t)
@@ -251,45 +258,76 @@ func (m *machine) step(t *testing.T, rt *rapid.T) {
 		rt.Fatalf("%s gave %s, %v\nbefore %+v\nthe store has %+v", c, answer, err, before, seen)
 	}
 	m.models = after
-	if token != m.token { // whatever was pending has arrived, or compares a value that is there no more
-		m.pending, m.token = nil, token
+	if maybe {
+		m.pending[len(m.pending)-1].token = token
 	}
+	m.pending = slices.DeleteFunc(m.pending, func(l late) bool { return l.token != token })
 }
 
 // tb hides that a test has a deadline, which means nothing in a bubble's time.
 type tb struct{ testing.TB }
 
+var historyPolicies = map[string]alloc.Policy{
+	"default": alloc.DefaultPolicy(),
+	"refuse":  {Live: alloc.PolicyRefuse, Over: alloc.PolicyClone, Unknown: alloc.PolicyRefuse},
+}
+
+// randomHistory is a property: every answer of a drawn history is the model's, and Check finds nothing at
+// its end. It counts in visited the states that it passed through.
+func randomHistory(t *testing.T, policy alloc.Policy, visited map[string]int) func(*rapid.T) {
+	return func(rt *rapid.T) {
+		m := newMachine(t, policy)
+		for range rapid.IntRange(1, 40).Draw(rt, "steps") {
+			m.step(t, rt)
+			visited[m.models[0].State]++
+			if x := m.models[0]; x.State == "ended" && x.Images[x.Cur] != "copy" && len(m.pending) == 0 {
+				break // for good
+			}
+		}
+		m.store.Settle()
+		r, err := alloctest.Everything(t.Context(), m.store)
+		if err != nil {
+			rt.Fatal(err)
+		}
+		if f := alloc.Check(r); len(f) > 0 {
+			rt.Fatalf("%+v", f)
+		}
+	}
+}
+
 func TestRandomHistories(t *testing.T) {
-	for name, policy := range map[string]alloc.Policy{
-		"default": alloc.DefaultPolicy(),
-		"refuse":  {Live: alloc.PolicyRefuse, Over: alloc.PolicyClone, Unknown: alloc.PolicyRefuse},
-	} {
+	for name, policy := range historyPolicies {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				visited := map[string]int{}
-				rapid.Check(tb{t}, func(rt *rapid.T) {
-					m := newMachine(t, policy)
-					for range rapid.IntRange(1, 40).Draw(rt, "steps") {
-						m.step(t, rt)
-						visited[m.models[0].State]++
-						if x := m.models[0]; x.State == "ended" && x.Images[x.Cur] != "copy" && len(m.pending) == 0 {
-							break // for good
-						}
-					}
-					m.store.Settle()
-					r, err := alloctest.Everything(t.Context(), m.store)
-					if err != nil {
-						rt.Fatal(err)
-					}
-					if f := alloc.Check(r); len(f) > 0 {
-						rt.Fatalf("%+v", f)
-					}
-				})
+				rapid.Check(tb{t}, randomHistory(t, policy, visited))
 				t.Logf("visited %v", visited)
 			})
 		})
 	}
+}
+
+// FuzzHistories draws from the fuzzer's bytes, for as long as one likes, what TestRandomHistories draws a
+// hundred times.
+func FuzzHistories(f *testing.F) {
+	random := rand.NewChaCha8([32]byte{})
+	for name := range historyPolicies {
+		for range 4 {
+			input := make([]byte, 8<<10)
+			_, _ = random.Read(input)
+			f.Add(name, input)
+		}
+	}
+	f.Fuzz(func(t *testing.T, name string, input []byte) {
+		policy, ok := historyPolicies[name]
+		if !ok {
+			policy = alloc.DefaultPolicy()
+		}
+		synctest.Test(t, func(t *testing.T) {
+			rapid.MakeFuzz(randomHistory(t, policy, map[string]int{}))(t, input)
+		})
+	})
 }
 
 // TestHostsAtOnce: hosts that know nothing of each other move one sandbox about, each by what it reads.
