@@ -22,12 +22,16 @@ type cell struct {
 	lost bool
 }
 
+// name is the point, the role, and which way to it was taken where there are several.
+func (c cell) name() string {
+	return strings.TrimRight(string(c.point)+" "+c.role+" "+c.way(), " ")
+}
+
 func (c cell) String() string {
-	s := string(c.point) + " " + c.role
 	if c.lost {
-		s += " lost"
+		return c.name() + " lost"
 	}
-	return s
+	return c.name()
 }
 
 // result is what became of a cell.
@@ -225,7 +229,7 @@ func (c *cellRun) agree() *observation {
 	before := map[string]int{}
 	var o *observation
 	c.p.eventually("processes and store agree", func() (err error) {
-		o, err = c.p.observe(c.kernel, before)
+		o, err = c.p.observe(c.kernel, before, c.external)
 		return err
 	})
 	most := 1
@@ -310,7 +314,13 @@ func (c *cellRun) finished(j journey, o *observation) {
 		c.p.t.Errorf("it counted to %d and is at %d", c.count, o.count["b"])
 	}
 	if !j.clones && c.result.verdict != overOnB {
-		checkMoved(c.p.t, c.ns, after, runtimeTypes(false))
+		if c.external == nil {
+			checkMoved(c.p.t, c.ns, after, runtimeTypes(false))
+		} else {
+			for _, typ := range alloc.NamespaceTypes() {
+				c.compareNamespace(string(typ), typ, c.ns[typ], after[typ], c.source.Serial)
+			}
+		}
 		s := o.of["b"]
 		if s.Serial != c.source.Serial || s.Epoch <= c.source.Epoch {
 			c.p.t.Errorf("sandbox %s of epoch %s became %s of epoch %s", c.source.Serial, c.source.Epoch, s.Serial, s.Epoch)
@@ -337,7 +347,7 @@ func (c *cellRun) checkLost() {
 		c.p.t.Error("no answer of the store was lost: the cell shows nothing")
 	}
 	for _, row := range lostFirst {
-		if !regexp.MustCompile(row.cells).MatchString(string(c.point) + " " + c.role) {
+		if !regexp.MustCompile(row.cells).MatchString(c.name()) {
 			continue
 		}
 		for _, rpc := range row.rpcs {
@@ -362,6 +372,7 @@ func (c *cellRun) restoreVoid() {
 
 // clear removes the container, for the next cell.
 func (c *cellRun) clear() {
+	defer c.removeGiven()
 	for _, h := range c.p.Hosts() {
 		c.remove(h.Name(), c.id)
 		for _, dir := range []string{c.images, c.images + "-dump", c.images + "-restore"} {
@@ -374,8 +385,10 @@ func (c *cellRun) clear() {
 func (p *pool) killBundles() {
 	p.t.Helper()
 	for _, h := range p.Hosts() {
-		if err := h.WriteBundle(killBundle, testhost.BundleOptions{}); err != nil {
-			p.t.Fatal(err)
+		for dir, o := range map[string]testhost.BundleOptions{killBundle: {}, givenBundle: {NetNS: givenNetNS}} {
+			if err := h.WriteBundle(dir, o); err != nil {
+				p.t.Fatal(err)
+			}
 		}
 		if err := h.MkdirAll("/var/lib/images", 0o755); err != nil {
 			p.t.Fatal(err)

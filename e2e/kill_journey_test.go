@@ -120,6 +120,28 @@ var journeys = map[string]journey{
 		},
 		op: func(c *cellRun) error { return c.dump("a") },
 	},
+	// A network namespace that was handed in parts from the container that is dumped.
+	"part": {
+		prepare: (*cellRun).prepareParted,
+		op:      func(c *cellRun) error { return c.dump("a") },
+		holds:   (*cellRun).partedOnce,
+	},
+	// An operator's bypass lets a restored tree run while the agent is dead: the next one binds it late.
+	"late": {
+		prepare: (*cellRun).prepareLate,
+		op:      func(c *cellRun) error { return c.p.StartAgent(c.p.ctx(), "b") },
+	},
+	// Agent and CRIU die in post-restore, the tree is left parked, and what the agent had noted is damaged: the
+	// next one finds a claim that no run knows, and gives it back.
+	"orphan": {
+		prepare: func(c *cellRun) { c.prepareOrphan(beforeHook) },
+		op:      func(c *cellRun) error { return c.p.StartAgent(c.p.ctx(), "b") },
+	},
+	// The same after the hook's 0: it finds a sandbox that runs, and takes that back.
+	"bound-orphan": {
+		prepare: func(c *cellRun) { c.prepareOrphan(afterHook) },
+		op:      func(c *cellRun) error { return c.p.StartAgent(c.p.ctx(), "b") },
+	},
 	// More runs are over than the agent keeps.
 	"forget": {
 		prepare: func(c *cellRun) { c.must(c.start(), c.manyRuns()) },
@@ -152,6 +174,24 @@ var byRPC = map[string][]place{
 	"Claim": onRestore, "Bind": onRestore, "Release": {{"target", "parked"}},
 }
 
+// otherWays is where an agent comes to a request by code of its own; names of cells tell which.
+var otherWays = map[string][]place{
+	"Register": {{"source", "part"}}, "Bind": {{"target", "late"}},
+	"Release": {{"target", "orphan"}, {"target", "bound-orphan"}},
+}
+
+// way is the journey of a place in otherWays, "" for all others.
+func (p place) way() string {
+	for _, others := range otherWays {
+		for _, o := range others {
+			if o.journey == p.journey {
+				return p.journey
+			}
+		}
+	}
+	return ""
+}
+
 // byAction is where CRIU brings each action.
 var byAction = map[string][]place{
 	"pre-dump": onDump, "network-lock": onDump, "post-dump": onDump,
@@ -177,13 +217,17 @@ func places(p killpoint.Point) []place {
 	case role == "hook":
 		return byAction[what]
 	case role == "server" && byRPC[what] != nil:
-		return []place{{"server", byRPC[what][0].journey}}
+		at := []place{{"server", byRPC[what][0].journey}}
+		for _, other := range otherWays[what] {
+			at = append(at, place{"server", other.journey})
+		}
+		return at
 	case role == "server":
 		return nil
 	case what == "pre-dump" && strings.HasPrefix(step, "verdict"):
 		return []place{{"source", "pool-away"}} // only a veto is written there
 	case byRPC[what] != nil:
-		return byRPC[what]
+		return slices.Concat(byRPC[what], otherWays[what])
 	case byAction[what] != nil:
 		return byAction[what]
 	}

@@ -143,7 +143,10 @@ func (o *observation) runsOn() string {
 // observe looks at every host's processes, twice so that a count is seen to move, and at the store. An
 // error says in what the two do not agree: each tree that lives is one running sandbox of its host, with
 // the tree's namespaces bound in it, and the store has no other sandbox that runs, is dumped, or is claimed.
-func (p *pool) observe(kernel *kernelns.Kernel, before map[string]int) (*observation, error) {
+//
+// External are the types of namespaces that a container was handed in. Such a one lives on without it, in a
+// running sandbox of its own or in the container's.
+func (p *pool) observe(kernel *kernelns.Kernel, before map[string]int, external map[alloc.NamespaceType]bool) (*observation, error) {
 	o := &observation{of: map[string]*alloc.Sandbox{}, count: map[string]int{}, owned: map[alloc.Serial]alloc.SandboxState{}}
 	for _, h := range p.Hosts() {
 		l, err := liveOn(kernel, h)
@@ -167,7 +170,17 @@ func (p *pool) observe(kernel *kernelns.Kernel, before map[string]int) (*observa
 			o.owned[s.Serial] = s.State
 		}
 	}
+	given, err := p.given(kernel, external)
+	if err != nil {
+		return nil, err
+	}
+	if stored, err = withoutGiven(stored, given); err != nil {
+		return nil, err
+	}
 	for _, l := range o.live {
+		for t := range external {
+			delete(l.kernels, t)
+		}
 		i := slices.IndexFunc(stored, func(s *alloc.Sandbox) bool { return s.Owner == l.host && s.State == alloc.StateRunning && binds(s, l) })
 		if i < 0 {
 			return nil, fmt.Errorf("the store has no running sandbox of host %s for %s; it has %s", l.host, l.root, describe(stored))

@@ -72,6 +72,12 @@ var lostFirst = []struct {
 	cells string
 	rpcs  []string
 }{
+	{`^agent/Register/received source part$`, []string{"Register"}},
+	{` part$`, nil},
+	{`^agent/Bind/received target late$`, []string{"Claim", "Bind"}},
+	{` late$`, []string{"Claim"}},
+	{`^agent/Release/received target (bound-)?orphan$`, []string{"Hello", "Release"}},
+	{` (bound-)?orphan$`, []string{"Hello"}},
 	{`^server/Grant/`, []string{"Hello"}},
 	{`^server/(Confirm|Abort)/`, []string{"Open"}},
 	{`^server/Bind/`, []string{"Claim"}},
