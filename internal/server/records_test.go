@@ -49,7 +49,7 @@ func TestMendOverTheWire(t *testing.T) {
 	cmd.RequestID = client.NewRequestID()
 	_, err = op.Mend(ctx, cmd)
 	all.refused(t, err, alloc.ReasonRecordNotFound, codes.NotFound, false)
-	cmd.ID = first.Serial.String()
+	cmd.RequestID, cmd.ID = client.NewRequestID(), first.Serial.String()
 	_, err = op.Mend(ctx, cmd)
 	all.refused(t, err, alloc.ReasonNothingToMend, codes.FailedPrecondition, false)
 	for deadline := time.Now().Add(10 * time.Second); ; {

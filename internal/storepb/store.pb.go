@@ -1788,7 +1788,8 @@ func (x *Request) GetAt() *timestamppb.Timestamp {
 	return nil
 }
 
-// Aside is a record that was put aside, under aside/REQUEST/KIND/ID.
+// Aside is a record that was put aside, under aside/REQUEST/KIND/ID. Of kind "aside", without id and value, it
+// says that the request was refused, and that nothing it asked for happens any more.
 type Aside struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The UUIDv7 of the request that put it aside.

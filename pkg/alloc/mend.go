@@ -108,9 +108,13 @@ func (cmd MendCommand) key() Key { return Key{cmd.Kind, cmd.ID} }
 // cannot be read is not known: such a record is put aside only while nothing is found about the counter, or
 // with force.
 //
-// Committed when it returns: all of it. A sandbox with more old stints than a transaction takes leaves
-// in several, itself first: when the process dies in between, Check finds stints without their sandbox,
-// and the same request, or a new one for that sandbox, does the rest.
+// Committed when it returns: all of it. What is more than a transaction takes goes in several. A sandbox leaves
+// before what is of it: when the process dies in between, Check finds stints or checkpoints without their
+// sandbox, and the same request, or a new one for that sandbox, does the rest. Before a checkpoint leaves, its
+// sandbox forgets it.
+//
+// Of a refusal is committed that it was one, so that it is the request's last word: another call with the same
+// id that is still on its way changes nothing any more.
 //
 // Errors: ErrInvalid, ErrRecordNotFound, ErrNothingToMend, ErrMendFirst, ErrFormat (a newer version wrote
 // it; force mends it all the same), ErrPoolMissing, ErrRecovering, ErrExhausted (no generation is left),
@@ -127,34 +131,30 @@ func (s *Service) Mend(ctx context.Context, cmd MendCommand) (Mended, error) {
 		return Mended{}, err
 	}
 	var done Mended
-	// No refusal is called decided (settle): it rests on all records, and a transaction whose outcome is unknown
-	// is guarded by those alone that it changes. It may take effect after what refuses it now.
 	err = settle(ctx, func() (bool, error) {
-		begun, err := s.mended(ctx, cmd.RequestID, digest)
+		before, refused, err := s.mended(ctx, cmd.RequestID, digest)
 		if err != nil {
 			return false, err
 		}
+		begun := len(before.Changed) > 0
 		all, err := s.readAll(ctx)
 		if err != nil {
 			return false, err
 		}
-		moves, err := all.mend(cmd, len(begun.Changed) > 0)
-		if err != nil {
-			// A lost transaction of this request may have come through between the two reads: what is refused
-			// then is what it has done already.
-			now, readErr := s.mended(ctx, cmd.RequestID, digest)
-			switch {
-			case readErr != nil:
-				return false, readErr
-			case len(now.Changed) != len(begun.Changed):
-				return false, errChanged
-			}
+		moves, err := all.mend(cmd, begun)
+		switch {
+		case err != nil && (begun || !all.writable()):
+			// What is on its way compares the pool's record, which does not let it through any more.
 			return false, err
+		case err != nil && !refused:
+			return s.refuseMend(ctx, cmd, digest, err)
+		case refused && !begun:
+			return true, cmp.Or(err, errRefusedBefore(cmd))
 		}
-		wrote, err := s.moveAside(ctx, cmd, digest, all, moves)
+		wrote, err := s.moveAside(ctx, cmd, digest, all, moves, begun)
 		if err == nil {
 			wrote = true // all of it, now or before
-			done, err = s.mended(ctx, cmd.RequestID, digest)
+			done, _, err = s.mended(ctx, cmd.RequestID, digest)
 		}
 		if err != nil && wrote {
 			// To pass a failed read on would say that nothing was changed.
@@ -166,11 +166,39 @@ func (s *Service) Mend(ctx context.Context, cmd MendCommand) (Mended, error) {
 	return done, err
 }
 
-// mended is what a request has put aside so far.
-func (s *Service) mended(ctx context.Context, id string, digest Digest) (Mended, error) {
-	var m Mended
+// refuseMend commits that a request was refused, before anybody is told so. The refusal rests on all records, and
+// a transaction of the same request that is on its way, its answer lost or another call's, is guarded by those
+// alone that it changes: it could take effect after what refuses it now. So its first one compares that this
+// record is absent.
+func (s *Service) refuseMend(ctx context.Context, cmd MendCommand, digest Digest, refusal error) (decided bool, err error) {
+	mark := &Aside{Request: cmd.RequestID, Of: refusedMend, At: s.now(), Actor: cmd.Actor, Digest: digest}
+	if _, err := s.store.Commit(ctx, Tx{Guards: []Guard{{Key: mark.Key()}}, Put: []Record{mark}}); err != nil {
+		return false, err
+	}
+	now, _, err := s.mended(ctx, cmd.RequestID, digest)
+	switch {
+	case err != nil:
+		return false, err
+	case len(now.Changed) > 0:
+		return false, errChanged // it was faster, and what is refused now is what it has done already
+	}
+	return true, refusal
+}
+
+// refusedMend stands, without a value, for the key of what a refused request has put aside. Nothing else can:
+// what is aside is not mended.
+var refusedMend = Key{Kind: KindAside}
+
+func errRefusedBefore(cmd MendCommand) error {
+	return &Error{Reason: ReasonRequestExpired, Subject: "request " + cmd.RequestID, Msg: "this mend was refused before, and that is its last word; nothing was changed",
+		Fix: "see what nsalloc check says now, and ask with a new id"}
+}
+
+// mended is what a request has put aside so far, and whether it was refused. Both is what a call has begun
+// that was faster than another one's refusal: then the refusal counts for nothing.
+func (s *Service) mended(ctx context.Context, id string, digest Digest) (m Mended, refused bool, err error) {
 	var failed error
-	err := s.list(ctx, KindAside, id+"/", 0, func(e Entry) bool {
+	err = s.list(ctx, KindAside, id+"/", 0, func(e Entry) bool {
 		if !strings.HasPrefix(e.Key.ID, id+"/") {
 			return false
 		}
@@ -181,6 +209,10 @@ func (s *Service) mended(ctx context.Context, id string, digest Digest) (Mended,
 		if failed = sameBody(id, a.Digest, digest); failed != nil {
 			return false
 		}
+		if a.Of == refusedMend {
+			refused = true
+			return true
+		}
 		m.Changed = append(m.Changed, a.Of)
 		m.Revision = max(m.Revision, e.Revision)
 		if a.At.After(m.At) {
@@ -189,11 +221,12 @@ func (s *Service) mended(ctx context.Context, id string, digest Digest) (Mended,
 		return true
 	})
 	slices.SortFunc(m.Changed, func(a, b Key) int { return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.ID, b.ID)) })
-	return m, cmp.Or(err, failed)
+	return m, refused, cmp.Or(err, failed)
 }
 
-// Limits of one transaction of a mend, below those of etcd: two writes a move, and a value stands in the
-// guard and in what is put aside.
+// Limits of one transaction of a mend, below those of etcd (1.5 MiB): two guards and two writes a move, and a
+// value stands in the guard, in what is put aside, and in what replaces it. What is larger goes by itself: the
+// largest sandbox there can be, in all three places, is just taken.
 const (
 	maxMoves     = 60
 	maxMoveBytes = 1 << 20
@@ -205,7 +238,7 @@ const (
 // moveAside commits the moves, as many as fit in one transaction, in their order; wrote says that a part of
 // them is committed, also with an error. What was read for the decision must not have changed since, but for
 // records that are replaced whatever they say.
-func (s *Service) moveAside(ctx context.Context, cmd MendCommand, digest Digest, r all, moves []move) (wrote bool, err error) {
+func (s *Service) moveAside(ctx context.Context, cmd MendCommand, digest Digest, r all, moves []move, begun bool) (wrote bool, err error) {
 	if cmd.Kind == KindCounter { // or this process's own issuing would win over and over
 		release, err := s.holdCounter(ctx)
 		if err != nil {
@@ -233,10 +266,13 @@ func (s *Service) moveAside(ctx context.Context, cmd MendCommand, digest Digest,
 			read[e.Key] = e
 		}
 		tx := Tx{Guards: []Guard{{Key: entries[0].Key, Token: entries[0].Token}}}
+		if !begun && !wrote {
+			tx.Guards = append(tx.Guards, Guard{Key: (&Aside{Request: cmd.RequestID, Of: refusedMend}).Key()}) // see refuseMend
+		}
 		size, n := 0, 0
 		for _, m := range batch {
 			e := read[m.key]
-			if size += 2 * len(e.Token); n > 0 && size > maxMoveBytes {
+			if size += m.size(e); n > 0 && size > maxMoveBytes {
 				break
 			}
 			n++
@@ -269,6 +305,14 @@ type move struct {
 	with func(now Entry, at Revision) Record
 	// whatever: with takes a record also when it has changed since all were read, or is absent.
 	whatever bool
+}
+
+// size is about how much a move takes of a transaction.
+func (m move) size(e Entry) int {
+	if m.with != nil {
+		return 3 * len(e.Token)
+	}
+	return 2 * len(e.Token)
 }
 
 // into adds the move to a transaction.

@@ -19,7 +19,7 @@ func (r all) mend(cmd MendCommand, begun bool) ([]move, error) {
 	switch {
 	case r.Pool.Format > FormatVersion, r.Pool.State != PoolOpen:
 		return nil, r.Pool.check()
-	case begun && cmd.Kind != KindSandbox:
+	case begun && cmd.Kind != KindSandbox && cmd.Kind != KindCheckpoint:
 		return nil, nil // one transaction, and it has been committed
 	}
 	key := cmd.key()
@@ -52,6 +52,9 @@ func (r all) mend(cmd MendCommand, begun bool) ([]move, error) {
 	}
 	return moves, nil
 }
+
+// writable reports whether this version may write to the pool now.
+func (r all) writable() bool { return r.Pool != nil && r.Pool.check() == nil }
 
 // counterWrong reports whether Check finds anything that mending the counter helps.
 func (r all) counterWrong() bool {
@@ -188,18 +191,11 @@ func (r all) orphan(c *Checkpoint) bool {
 	return r.why(SandboxKey(c.Sandbox)).Err == nil && !slices.ContainsFunc(r.Sandboxes, func(s *Sandbox) bool { return s.Serial == c.Sandbox })
 }
 
-// checkpoint takes a checkpoint away. A sandbox that runs or is over goes on without; one that is handed
-// off through it would be stuck.
+// checkpoint takes a checkpoint away. A sandbox that runs or is over goes on without, and forgets it first: if
+// no more than that happens, it is a checkpoint like those from before the current one. One that is handed off
+// through it would be stuck.
 func (r all) checkpoint(id string) (moves []move, serials Ranges, err error) {
 	key := Key{KindCheckpoint, id}
-	for _, c := range r.Checkpoints {
-		if c.Key() == key {
-			moves = append(moves, move{key: key})
-			serials = append(serials, one(c.Serial)...)
-		}
-	}
-	moves = append(moves, r.broken(key)...)
-	serials = append(serials, r.named(key)...)
 	for _, s := range r.Sandboxes {
 		switch {
 		case s.Checkpoint == 0 || CheckpointKey(s.Checkpoint) != key:
@@ -214,7 +210,13 @@ func (r all) checkpoint(id string) (moves []move, serials Ranges, err error) {
 			}})
 		}
 	}
-	return moves, serials, nil
+	for _, c := range r.Checkpoints {
+		if c.Key() == key {
+			moves = append(moves, move{key: key})
+			serials = append(serials, one(c.Serial)...)
+		}
+	}
+	return append(moves, r.broken(key)...), append(serials, r.named(key)...), nil
 }
 
 // burn ends what a host may spend. Its life goes on, unless its record is lost: then it begins a new one.

@@ -96,10 +96,11 @@ func (s *Service) readOnce(ctx context.Context) (all, error) {
 	r.add(single[1])
 	for _, kind := range Kinds() {
 		err := s.list(ctx, kind, "", at, func(e Entry) bool {
-			if kind == KindAside {
-				r.aside++
-			} else {
+			switch a, ok := e.Record.(*Aside); {
+			case kind != KindAside:
 				r.add(e)
+			case !ok || a.Of != refusedMend:
+				r.aside++
 			}
 			return true
 		})

@@ -99,7 +99,7 @@ type Request struct {
 type Aside struct {
 	// Request is the request that put it aside: all that it moved stands side by side in a listing.
 	Request string `json:"request"`
-	// Of is the key that the record stood under.
+	// Of is the key that the record stood under; refusedMend where the request was refused, and Value is empty.
 	Of Key `json:"of"`
 	// Value is the record's value in the store, byte by byte: the Token of its Entry.
 	Value []byte    `json:"value"`

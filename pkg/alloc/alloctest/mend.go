@@ -236,6 +236,9 @@ func (l *Lively) keptOthers(t *testing.T, planted map[alloc.Key]alloc.Record, ch
 	}
 	for _, e := range entries {
 		a := e.Record.(*alloc.Aside)
+		if a.Of.Kind == alloc.KindAside {
+			continue // a refusal
+		}
 		aside[a.Of]++
 		if a.Actor != "operator/ann" || len(a.Value) == 0 || a.At.IsZero() {
 			t.Errorf("put aside: %+v", a)

@@ -227,6 +227,7 @@ func testMendUnreadableUnknown(t *testing.T, l *Lively) {
 		_, err := l.Mend(t.Context(), cmd)
 		refused(t, err, alloc.ErrMendFirst)
 		put(t, l.Store, r.Counter)
+		cmd.RequestID = l.Request()
 		must[alloc.Mended](t)(l.Mend(t.Context(), cmd))
 		put(t, l.Store, &back)
 		plant(t, l.Store, key, Malformed)

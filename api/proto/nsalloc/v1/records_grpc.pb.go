@@ -64,7 +64,9 @@ type RecordsClient interface {
 	//
 	// When it returns, the change is committed. The same request again changes nothing and answers the same.
 	// A sandbox with hundreds of old stints takes several transactions; when the server dies in between,
-	// Check still finds it, and the same request, or a new one, does the rest.
+	// Check still finds it, and the same request, or a new one, does the rest. A refusal is the request's last
+	// word: another call with its id that is still on its way changes nothing either, and to ask again for what
+	// could be mended since takes a new id (REQUEST_EXPIRED).
 	//
 	// Errors: NOT_FOUND (RECORD_NOT_FOUND) when there is no such record; FAILED_PRECONDITION: NOTHING_TO_MEND
 	// when Check finds nothing about that object, unless force is set, and MEND_FIRST when something else has to
@@ -143,7 +145,9 @@ type RecordsServer interface {
 	//
 	// When it returns, the change is committed. The same request again changes nothing and answers the same.
 	// A sandbox with hundreds of old stints takes several transactions; when the server dies in between,
-	// Check still finds it, and the same request, or a new one, does the rest.
+	// Check still finds it, and the same request, or a new one, does the rest. A refusal is the request's last
+	// word: another call with its id that is still on its way changes nothing either, and to ask again for what
+	// could be mended since takes a new id (REQUEST_EXPIRED).
 	//
 	// Errors: NOT_FOUND (RECORD_NOT_FOUND) when there is no such record; FAILED_PRECONDITION: NOTHING_TO_MEND
 	// when Check finds nothing about that object, unless force is set, and MEND_FIRST when something else has to
