@@ -147,13 +147,15 @@ func TestService(t *testing.T) {
 	alloctest.TestService(t, func(t *testing.T) alloctest.Planter { return planted{newStore(t, shared.Endpoint())} })
 }
 
-// TestFaults: every write meets the pairs of faults that lose an answer.
+// TestFaults: every write meets the pairs of faults that lose an answer. That every read fails is seen in
+// memory, by pkg/alloc.
 func TestFaults(t *testing.T) {
 	c := dial(t, Config{Endpoints: []string{shared.Endpoint()}})
 	alloctest.TestFaults(t, alloctest.Trouble{
 		Run:    func(t *testing.T, f func(t *testing.T)) { f(t) },
 		Store:  func(t *testing.T) alloc.Store { return open(t, c, fmt.Sprintf("p%d", pools.Add(1))) },
 		Faults: alloctest.Pair,
+		Reads:  1,
 		Source: "../../pkg/alloc",
 	})
 }

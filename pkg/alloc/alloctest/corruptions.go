@@ -1,6 +1,9 @@
 package alloctest
 
 import (
+	"maps"
+	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -14,8 +17,45 @@ type Lively struct {
 	A, B *Agent
 }
 
-// NewLively makes it in an empty store.
+// firstLively is the first that was made, as it was then.
+var firstLively struct {
+	mu      sync.Mutex
+	made    bool
+	a, b    Agent
+	now     int64
+	ids     uint64
+	records []alloc.Record
+}
+
+// NewLively makes it in an empty store: the first of a process by use cases, hundreds of them, the others as
+// copies of the first's records.
 func NewLively(t testing.TB, s alloc.Store) *Lively {
+	t.Helper()
+	firstLively.mu.Lock()
+	defer firstLively.mu.Unlock()
+	first := &firstLively
+	if !first.made {
+		l := makeLively(t, s)
+		first.made, first.a, first.b = true, *l.A, *l.B
+		first.now, first.ids = l.Clock.ns.Load(), l.ids.Load()
+		first.records = slices.Collect(maps.Values(reads(everything(t, s))))
+		return l
+	}
+	clock := new(Clock)
+	clock.ns.Store(first.now)
+	p := poolOver(t, s, clock)
+	p.ids.Store(first.ids)
+	for some := range slices.Chunk(first.records, 100) {
+		put(t, s, some...)
+	}
+	of := func(a Agent) *Agent {
+		a.Pool, a.t = p, t
+		return &a
+	}
+	return &Lively{Pool: p, A: of(first.a), B: of(first.b)}
+}
+
+func makeLively(t testing.TB, s alloc.Store) *Lively {
 	t.Helper()
 	p := NewPool(t, s, alloc.DefaultPolicy())
 	l := &Lively{Pool: p, A: p.Agent("a"), B: p.Agent("b")}

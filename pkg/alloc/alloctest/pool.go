@@ -44,13 +44,18 @@ type Pool struct {
 // NewPool makes a pool in an empty store. When the test ends, its records are checked.
 func NewPool(t testing.TB, s alloc.Store, policy alloc.Policy) *Pool {
 	t.Helper()
-	clock := NewClock()
-	p := &Pool{Service: alloc.NewService(s, clock.Now), Store: s, Clock: clock, t: t}
+	p := poolOver(t, s, NewClock())
 	if _, err := p.InitPool(t.Context(), policy); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { Check(t, s) })
 	return p
+}
+
+// poolOver is the use cases over a store, whose records are checked when the test ends.
+func poolOver(t testing.TB, s alloc.Store, clock *Clock) *Pool {
+	t.Helper()
+	t.Cleanup(func() { Check(t, s) })
+	return &Pool{Service: alloc.NewService(s, clock.Now), Store: s, Clock: clock, t: t}
 }
 
 // Request is a fresh request id.
