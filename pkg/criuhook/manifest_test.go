@@ -185,7 +185,7 @@ func TestChangedWhileRead(t *testing.T) {
 	digests := map[alloc.Digest]bool{}
 	for i := range texts {
 		m := manifest()
-		m.Epoch, m.Namespaces = alloc.Epoch(1<<48+i+1), many(20)
+		m.Epoch, m.Namespaces = alloc.Epoch(1<<48+i+1), many(5)
 		for n := range m.Namespaces {
 			m.Namespaces[n].Serial += alloc.Serial(i * 1000)
 		}
