@@ -18,8 +18,10 @@ PROTO    := $(wildcard api/proto internal/storepb)
 # that somebody else owns.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
-# Phases of `make test`, in order. store and e2e are apart because they take longest.
-PHASES := deps build lint check-generated unit store fuzz-short e2e
+# Phases of `make test`: FIRST one after another, then two of BESIDE at a time. e2e begins first, because it takes
+# longest and mostly waits for what it started; the others compute.
+FIRST  := deps build lint check-generated
+BESIDE := e2e unit store fuzz-short
 STORE  := $(addsuffix /...,$(wildcard ./internal/etcd*))
 
 # command:package. What the test hosts need, internal/testhost installs by itself.
@@ -41,16 +43,36 @@ $(COMMANDS):
 nsalloc-hook: LDFLAGS := -s -w
 
 test: ## the one test command: install what is missing, lint, and run every test
-	@failed= report=
-	for phase in $(PHASES); do
-		echo "=== $$phase"
-		start=$$SECONDS result=ok
-		$(MAKE) $$phase || { result=FAILED failed+=" $$phase"; }
-		report+=$$(printf '%-16s %5d s  %s' $$phase $$((SECONDS - start)) $$result)$$'\n'
-		case $$phase:$$result in deps:FAILED|build:FAILED) break;; esac # the rest needs them
+	@results=$$(mktemp -d)
+	trap 'rm -rf "$$results"' EXIT
+	export RESULTS=$$results
+	for phase in $(FIRST); do
+		$(MAKE) phase-$$phase || case $$phase in deps|build) stop=1; break;; esac # the rest needs them
 	done
-	printf '\n=== durations\n%s' "$$report"
+	if test -z "$${stop:-}"; then
+		echo "=== $(BESIDE): two at a time; the output of each comes when it is over"
+		# -O: the lines of one phase stay together.
+		$(MAKE) --jobs=2 --keep-going --output-sync=recurse $(addprefix phase-,$(BESIDE)) || true
+	fi
+	printf '\n=== durations\n'
+	failed=
+	for phase in $(FIRST) $(BESIDE); do
+		# A phase that said nothing was ended from outside.
+		line=$$(cat "$$results/$$phase" 2>/dev/null || { test -n "$${stop:-}" || printf '%-16s %5s    FAILED' $$phase -; })
+		test -z "$$line" || echo "$$line"
+		case $$line in *FAILED) failed+=" $$phase";; esac
+	done
 	test -z "$$failed" || { echo "FAILED:$$failed"; exit 1; }
+
+# One phase of `make test`, and a line in RESULTS on how it went: wall time, and processor time of it.
+phase-%:
+	@echo "=== $*"
+	start=$$SECONDS result=ok
+	$(MAKE) $* || result=FAILED
+	times >"$$RESULTS/$*.times" # in a pipe it would know of no children
+	cpu=$$(awk -F'[ms ]' 'NR == 2 { print int($$1*60 + $$2 + $$4*60 + $$5) }' "$$RESULTS/$*.times")
+	printf '%-16s %5d s  %5d s of CPU  %s\n' $* $$((SECONDS - start)) $$cpu $$result >"$$RESULTS/$*"
+	test $$result = ok
 
 # Not deps: the demo needs no compiler, and installs debootstrap itself when it has to make its hosts' Debian.
 demo: build ## build, then move a container between two hosts and watch its serials (as root)
