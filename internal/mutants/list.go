@@ -7,6 +7,10 @@ const (
 	serverTest = "internal/server"
 )
 
+// panicking says with what the code panics, of mutations of which that is the true symptom: no test could
+// assert more. For all others a panic does not count.
+var panicking = map[string]string{}
+
 // mutations is the list. What a line is for stands in its words; the test is named for what it proves.
 var mutations = []mutation{
 	// Epochs and incarnations: the fencing tokens.
@@ -47,8 +51,17 @@ var mutations = []mutation{
 	{"an unreadable record leaves while the counter is wrong", domain + "/mendplan.go", "&& r.counterWrong() {", "&& false {", domain, "TestMend/UnreadableUnknown"},
 	{"a mend puts nothing aside", domain + "/mend.go", "				tx.Put = append(tx.Put, aside)\n", "", domain, "TestMend/CutOff"},
 	{"a late mend is done twice", domain + "/mend.go", "				tx.Guards = append(tx.Guards, Guard{Key: aside.Key()})\n", "", domain, "TestFaults"},
+	{"a refused mend may still happen", domain + "/mend.go", "		if !begun && !wrote {", "		if false {", domain, "TestMendRefusedBeside"},
+	{"a checkpoint leaves before its sandbox has forgotten it", domain + "/mendplan.go", "	return append(moves, r.broken(key)...), append(serials, r.named(key)...), nil", "	slices.Reverse(moves)\n	return append(moves, r.broken(key)...), append(serials, r.named(key)...), nil", etcd, "TestMendLargest/checkpoint"},
 	{"what is parted with is not compared", domain + "/part.go", "if b.Type != was.Type || b.Kernel != was.Kernel {", "if false {", domain, "TestService/RegisterParts"},
 	{"images from before a part are the sandbox's", domain + "/part.go", "		sb.Checkpoint, sb.Claim = 0, nil\n", "", domain, "TestService/PartsFromCopies"},
+
+	// What is read.
+	{"a history is read at two revisions", domain + "/history.go", "KindStint, from, limit, at)", "KindStint, from, limit, 0)", domain, "TestHistoryWhileItMoves"},
+	{"a history has a hole where a stint cannot be read", domain + "/history.go", "			return nil, e.Err\n", "			continue\n", domain, "TestService/LongHistory"},
+	{"a record that cannot be read is taken for absent", domain + "/service.go", "	return entries, rev, readable(entries)", "	return entries, rev, nil", domain, "TestService/UnreadableSandbox"},
+	{"a server takes a record that cannot be read for absent", serverTest + "/unreadable.go", "	is := u.err != nil && viewed(u.key.Kind)", "	is := u.err != nil && false", serverTest, "TestUnreadableSandbox"},
+	{"a host that cannot be read is one that is not known", serverTest + "/unreadable.go", "		if err := ix.unreadable[key]; err != nil {", "		if err := ix.unreadable[key]; err != nil && key.Kind != alloc.KindHost {", serverTest, "TestUnreadableHost"},
 
 	// The store in etcd, and a server's answers.
 	{"absence is not compared", etcd + "/store.go", "		req.Compare = append(req.Compare, compare(key, g.Token))", "		if g.Token != \"\" {\n			req.Compare = append(req.Compare, compare(key, g.Token))\n		}", etcd, "TestStore/GuardsCompareAbsence"},

@@ -4,7 +4,9 @@
 // The list is in Go (list.go). A mutation names the exact text that it replaces, which stands exactly once
 // in its file, and the test that must fail. The tree is never touched: `go test -overlay` sees the broken
 // file in the place of the real one. Each named test has to pass first without a mutation; a mutant counts
-// as caught when that very test fails, and not when the mutant does not compile, or hangs.
+// as caught when that very test fails by what it asserts, and not when the mutant does not compile, hangs, or
+// takes the process of the test down: a panic is noticed by whatever test comes by, and says nothing of the
+// promise. A mutation whose true symptom is a panic says which.
 //
 // A list that no longer fits the code is found by this package's own test, as a part of `make test`.
 package main
@@ -77,7 +79,7 @@ func score(ctx context.Context, list []mutation, workers int) error {
 	for range workers {
 		wg.Go(func() {
 			for i := range next {
-				results[i] = list[i].try(ctx, filepath.Join(dir, fmt.Sprint(i)))
+				results[i] = list[i].try(ctx, filepath.Join(dir, fmt.Sprint(i)), panicking[list[i].what])
 			}
 		})
 	}
@@ -120,18 +122,19 @@ func unbroken(ctx context.Context, list []mutation) error {
 			tops = append(tops, "^"+top+"$")
 		}
 		slices.Sort(tops)
-		results, out, err := run(ctx, pkg, strings.Join(slices.Compact(tops), "|"))
+		o := run(ctx, pkg, strings.Join(slices.Compact(tops), "|"))
 		for _, name := range names {
-			if results[name] != "pass" {
-				return fmt.Errorf("%s %s does not pass while nothing is broken (%v):\n%s", pkg, name, err, out)
+			if o.results[name] != "pass" {
+				return fmt.Errorf("%s %s does not pass while nothing is broken (%v):\n%s", pkg, name, o.err, o.printed)
 			}
 		}
 	}
 	return nil
 }
 
-// try breaks the code and runs the test; "" when it fails as it has to, else what happened.
-func (m mutation) try(ctx context.Context, dir string) string {
+// try breaks the code and runs the test; "" when it fails as it has to, else what happened. Where panics is not
+// "", it is a part of what the code has to panic with.
+func (m mutation) try(ctx context.Context, dir, panics string) string {
 	text, err := m.mutated()
 	if err != nil {
 		return err.Error()
@@ -157,16 +160,24 @@ func (m mutation) try(ctx context.Context, dir string) string {
 	for name := range strings.SplitSeq(m.test, "/") {
 		parts = append(parts, "^"+regexp.QuoteMeta(name)+"$")
 	}
-	results, out, err := run(ctx, m.pkg, strings.Join(parts, "/"), "-overlay="+overlay, "-vet=off", "-failfast")
-	switch got := results[m.test]; {
+	o := run(ctx, m.pkg, strings.Join(parts, "/"), "-overlay="+overlay, "-vet=off", "-failfast")
+	switch {
 	case ctx.Err() != nil:
 		return "interrupted"
-	case got == "fail" && !strings.Contains(out, "panic: test timed out"):
+	case strings.HasPrefix(o.panicked, "panic: test timed out"):
+		return fmt.Sprintf("NOT TRIED: the test did not end: %.2000s", o.printed)
+	case o.panicked != "" && panics != "" && strings.Contains(o.panicked, panics):
 		return ""
-	case got == "pass":
+	case o.panicked != "":
+		return fmt.Sprintf("PANICKED, which no assertion has noticed: %.2000s", o.panicked)
+	case panics != "" && o.asserted[m.test]:
+		return "NO PANIC, and the list says that there is one: " + panics
+	case o.asserted[m.test]:
+		return ""
+	case o.results[m.test] == "pass":
 		return "NOT CAUGHT"
 	default:
-		return fmt.Sprintf("NOT TRIED: the test did not end (%v): %.2000s", err, out)
+		return fmt.Sprintf("NOT TRIED: the test did not end (%v): %.2000s", o.err, o.printed)
 	}
 }
 
@@ -182,8 +193,19 @@ func (m mutation) mutated() ([]byte, error) {
 	return bytes.Replace(text, []byte(m.old), []byte(m.new), 1), nil
 }
 
-// run runs tests of a package. It gives what became of each, and all that was printed.
-func run(ctx context.Context, pkg, tests string, flags ...string) (results map[string]string, out string, err error) {
+// outcome is what a run of tests has shown.
+type outcome struct {
+	results map[string]string // pass or fail, by test
+	// asserted are the tests that were told failed by the process that ran them, and so by themselves: when that
+	// process goes in the middle, it is said of them by others.
+	asserted map[string]bool
+	panicked string // how the process panicked, with where; "" when it did not
+	printed  string // all of it
+	err      error
+}
+
+// run runs tests of a package.
+func run(ctx context.Context, pkg, tests string, flags ...string) outcome {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	args := append([]string{"test", "-json", "-count=1", "-timeout", (patience - 10*time.Second).String(), "-run", tests}, flags...)
@@ -191,7 +213,7 @@ func run(ctx context.Context, pkg, tests string, flags ...string) (results map[s
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
 	cmd.WaitDelay = 10 * time.Second
 	printed, err := cmd.CombinedOutput()
-	results = map[string]string{}
+	o := outcome{results: map[string]string{}, asserted: map[string]bool{}, err: err}
 	var all strings.Builder
 	lines := bufio.NewScanner(bytes.NewReader(printed))
 	lines.Buffer(nil, 16<<20)
@@ -203,8 +225,19 @@ func run(ctx context.Context, pkg, tests string, flags ...string) (results map[s
 		}
 		all.WriteString(event.Output)
 		if event.Test != "" && (event.Action == "pass" || event.Action == "fail") {
-			results[event.Test] = event.Action
+			o.results[event.Test] = event.Action
+		}
+		if name, ok := strings.CutPrefix(strings.TrimSpace(event.Output), "--- FAIL: "); ok {
+			name, _, _ = strings.Cut(name, " ")
+			o.asserted[name] = true
 		}
 	}
-	return results, all.String(), err
+	o.printed = all.String()
+	// What a test says is indented; this is the runtime's.
+	if at := crashes.FindStringIndex(o.printed); at != nil {
+		o.panicked = o.printed[at[0]:]
+	}
+	return o
 }
+
+var crashes = regexp.MustCompile(`(?m)^(panic|fatal error): `)

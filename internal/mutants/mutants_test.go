@@ -40,6 +40,11 @@ func TestListFits(t *testing.T) {
 			t.Errorf("%s: there is no test %s in %s", m.what, top, m.pkg)
 		}
 	}
+	for what := range panicking {
+		if !seen[what] {
+			t.Errorf("%s is to panic and stands nowhere in the list", what)
+		}
+	}
 	if len(mutations) < 16 {
 		t.Errorf("%d mutations are too few", len(mutations))
 	}
@@ -65,8 +70,8 @@ func testsOf(pkg string) (map[string]bool, error) {
 	return found, nil
 }
 
-// TestSurvivor: a mutant that no test notices is told from one that is caught, and from one that does not
-// compile.
+// TestSurvivor: a mutant that no test notices is told from one that is caught, from one that does not compile,
+// and from one that panics, where that is not what it has to do.
 func TestSurvivor(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
@@ -82,15 +87,21 @@ func TestSurvivor(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for i, c := range []struct{ old, new, want string }{
-		{"a > b", "a < b", ""},
-		{"a > b", "a >= b", "NOT CAUGHT"},
-		{"a > b", "a > c", "NOT TRIED"},
-		{"a > b {", "for a > b {", "NOT TRIED"},
-		{"return", "panic", "stale"},
+	for i, c := range []struct{ old, new, panics, want string }{
+		{"a > b", "a < b", "", ""},
+		{"a > b", "a >= b", "", "NOT CAUGHT"},
+		{"a > b", "a > c", "", "NOT TRIED"},
+		{"a > b {", "for a > b {", "", "NOT TRIED"},
+		{"return", "panic", "", "stale"},
+		{"return a", `panic("no " + "more")`, "", "PANICKED"},
+		{"return a", `panic("no " + "more")`, "no more", ""},
+		{"return a", `panic("no " + "more")`, "no less", "PANICKED"},
+		{"return a", "go func() { panic(a) }(); select {}", "", "PANICKED"},
+		{"a > b", "a < b", "no more", "NO PANIC"},
+		{"package m", "package m; import \"os\"; func init() { os.Exit(1) }", "", "NOT TRIED"},
 	} {
 		m := mutation{what: c.new, file: "m/m.go", old: c.old, new: c.new, pkg: "m", test: "TestMax"}
-		if got := m.try(t.Context(), filepath.Join(dir, fmt.Sprint(i))); !strings.HasPrefix(got, c.want) || (got == "") != (c.want == "") {
+		if got := m.try(t.Context(), filepath.Join(dir, fmt.Sprint(i)), c.panics); !strings.HasPrefix(got, c.want) || (got == "") != (c.want == "") {
 			t.Errorf("%s: %q, want %q", c.new, got, c.want)
 		}
 	}
