@@ -110,17 +110,19 @@ func TestClaimWaitsForTheSource(t *testing.T) {
 	c := h.criu()
 	answered := make(chan said, 1)
 	go func() { answered <- c.bring(criuhook.PreRestore, 0, d.images) }()
-	h.eventually("the restore is known", func() error {
-		if len(h.runs.open()) < 2 {
+	h.eventually("the restore asks again for its claim", func() error {
+		select {
+		case s := <-answered:
+			t.Fatalf("the source is dumped, and the restore is answered %+v", s)
+		default:
+		}
+		h.pool.mu.Lock()
+		defer h.pool.mu.Unlock()
+		if h.pool.calls["Claim"] < 2 {
 			return errUnsettled
 		}
 		return nil
 	})
-	select {
-	case s := <-answered:
-		t.Fatalf("the source is dumped, and the restore is answered %+v", s)
-	default:
-	}
 	d.tree.end()
 	d.end()
 	if s := <-answered; s.Err != "" || s.Verdict != criuhook.Pass {
