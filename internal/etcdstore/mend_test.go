@@ -49,7 +49,9 @@ func TestMendLargest(t *testing.T) {
 				if alloc.ReasonOf(err) != alloc.ReasonUnknownOutcome {
 					t.Fatalf("after %d deaths: %v", deaths, err)
 				}
-				deaths++
+				if deaths++; deaths == 1 && kind == alloc.KindCheckpoint {
+					restIsRefused(t, l, cmd)
+				}
 				r, err := l.Check(t.Context())
 				if err != nil {
 					t.Fatal(err)
@@ -78,6 +80,28 @@ func TestMendLargest(t *testing.T) {
 				t.Errorf("the sandbox is there: %v, with checkpoint %v", there, there && now.Checkpoint != 0)
 			}
 		})
+	}
+}
+
+// restIsRefused: when what is left may not go now, that is said of the rest, and it goes later.
+func restIsRefused(t *testing.T, l *alloctest.Lively, cmd alloc.MendCommand) {
+	t.Helper()
+	e, _, err := l.Store.Get(t.Context(), alloc.Key{Kind: alloc.KindCounter})
+	if err != nil {
+		t.Fatal(err)
+	}
+	back := *e[0].Record.(*alloc.Counter)
+	back.Next = 1
+	for _, c := range []*alloc.Counter{&back, e[0].Record.(*alloc.Counter)} {
+		if _, err := l.Store.Commit(t.Context(), alloc.Tx{Put: []alloc.Record{c}}); err != nil {
+			t.Fatal(err)
+		}
+		if c == &back {
+			_, err := l.Mend(t.Context(), cmd)
+			if alloc.ReasonOf(err) != alloc.ReasonMendFirst || !strings.Contains(err.Error(), "nothing more was changed") {
+				t.Errorf("with the counter put back: %v", err)
+			}
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package alloc
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -143,7 +144,9 @@ func (s *Service) Mend(ctx context.Context, cmd MendCommand) (Mended, error) {
 		}
 		moves, err := all.mend(cmd, begun)
 		switch {
-		case err != nil && (begun || !all.writable()):
+		case err != nil && begun:
+			return false, refuseRest(err)
+		case err != nil && !all.writable():
 			// What is on its way compares the pool's record, which does not let it through any more.
 			return false, err
 		case err != nil && !refused:
@@ -183,6 +186,17 @@ func (s *Service) refuseMend(ctx context.Context, cmd MendCommand, digest Digest
 		return false, errChanged // it was faster, and what is refused now is what it has done already
 	}
 	return true, refusal
+}
+
+// refuseRest is the refusal of what is left of a mend: a part of it was committed before.
+func refuseRest(refusal error) error {
+	var e *Error
+	if !errors.As(refusal, &e) {
+		return refusal
+	}
+	rest := *e
+	rest.Msg = "a part of this mend was done before, and the rest is refused: " + strings.ReplaceAll(e.Msg, "nothing was changed", "nothing more was changed")
+	return &rest
 }
 
 // refusedMend stands, without a value, for the key of what a refused request has put aside. Nothing else can:
