@@ -231,7 +231,7 @@ func (d *decoder) sandbox(m *storepb.Sandbox) *alloc.Sandbox {
 		s.Stints = append(s.Stints, d.stint(st))
 	}
 	if c := m.Claim; c != nil {
-		s.Claim = &alloc.Claim{From: domain(d, sandboxStates, c.From), Extra: unknown(c)}
+		s.Claim = &alloc.Claim{From: domain(d, sandboxStates, c.From), Exe: c.Exe, Extra: unknown(c)}
 		if who := d.claimant(c.Claimant); who != nil {
 			s.Claim.Claimant = *who
 		} else {

@@ -135,7 +135,7 @@ func (e *encoder) sandbox(s *alloc.Sandbox) proto.Message {
 		m.Stints = append(m.Stints, e.stint(st))
 	}
 	if c := s.Claim; c != nil {
-		m.Claim = extra(&storepb.Claim{Claimant: claimant(&c.Claimant), From: stored(e, sandboxStates, c.From)}, c.Extra)
+		m.Claim = extra(&storepb.Claim{Claimant: claimant(&c.Claimant), From: stored(e, sandboxStates, c.From), Exe: c.Exe}, c.Extra)
 	}
 	if p := s.Parent; p != nil {
 		m.Parent = &storepb.Parent{Sandbox: uint64(p.Sandbox), Checkpoint: uint64(p.Checkpoint)}

@@ -1429,7 +1429,9 @@ type Claim struct {
 	// Who claims.
 	Claimant *Claimant `protobuf:"bytes,1,opt,name=claimant,proto3" json:"claimant,omitempty"`
 	// The state that the sandbox goes back to when nothing ran.
-	From          SandboxState `protobuf:"varint,2,opt,name=from,proto3,enum=nsalloc.store.v1.SandboxState" json:"from,omitempty"`
+	From SandboxState `protobuf:"varint,2,opt,name=from,proto3,enum=nsalloc.store.v1.SandboxState" json:"from,omitempty"`
+	// The file that the claimant's CRIU executes, as its host's agent names it; empty where nobody said.
+	Exe           string `protobuf:"bytes,3,opt,name=exe,proto3" json:"exe,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1476,6 +1478,13 @@ func (x *Claim) GetFrom() SandboxState {
 		return x.From
 	}
 	return SandboxState_SANDBOX_STATE_UNSPECIFIED
+}
+
+func (x *Claim) GetExe() string {
+	if x != nil {
+		return x.Exe
+	}
+	return ""
 }
 
 // Parent says what a clone was made from. Closed.
@@ -1979,10 +1988,11 @@ const file_store_proto_rawDesc = "" +
 	"\bClaimant\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x10\n" +
-	"\x03run\x18\x03 \x01(\tR\x03run\"s\n" +
+	"\x03run\x18\x03 \x01(\tR\x03run\"\x85\x01\n" +
 	"\x05Claim\x126\n" +
 	"\bclaimant\x18\x01 \x01(\v2\x1a.nsalloc.store.v1.ClaimantR\bclaimant\x122\n" +
-	"\x04from\x18\x02 \x01(\x0e2\x1e.nsalloc.store.v1.SandboxStateR\x04from\"B\n" +
+	"\x04from\x18\x02 \x01(\x0e2\x1e.nsalloc.store.v1.SandboxStateR\x04from\x12\x10\n" +
+	"\x03exe\x18\x03 \x01(\tR\x03exe\"B\n" +
 	"\x06Parent\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\x06R\asandbox\x12\x1e\n" +
 	"\n" +

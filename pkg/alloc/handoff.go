@@ -187,6 +187,7 @@ func (e RanOn) next(h *Handoff, _ Moment) error {
 type Claimed struct {
 	Claimant   Claimant
 	Checkpoint Serial
+	Exe        string // of the claimant's CRIU; see Claim
 }
 
 func (e Claimed) next(h *Handoff, at Moment) error {
@@ -202,7 +203,7 @@ func (e Claimed) next(h *Handoff, at Moment) error {
 	if !fresh && !resumed {
 		return s.wrongState("claim it", StateInTransit)
 	}
-	s.Claim = &Claim{Claimant: e.Claimant, From: s.State}
+	s.Claim = &Claim{Claimant: e.Claimant, From: s.State, Exe: e.Exe}
 	s.State, s.Owner, s.Epoch = StateClaimed, e.Claimant.Host, s.Epoch.next(at.Generation)
 	s.openStint(s.Owner, BeganClaimed, at.Actor, e.Checkpoint, at.Now)
 	h.Checkpoint.Claimant = &e.Claimant

@@ -120,6 +120,8 @@ type Claimant struct {
 type Claim struct {
 	Claimant
 	From SandboxState `json:"from"` // StateInTransit or StateEnded
+	// Exe names the file that the claimant's CRIU executes, as ClaimCommand.Exe did; "" where nobody said.
+	Exe string `json:"exe,omitempty"`
 	// Extra holds what a newer version stored in this claim; see Pool.Extra.
 	Extra []byte `json:"-"`
 }

@@ -95,6 +95,11 @@ type ClaimCommand struct {
 	Digest     Digest `json:"digest"`
 	BootID     string `json:"boot_id"`
 	Run        string `json:"run"`
+	// Exe names the file that the CRIU process executes, so that the host knows a task that CRIU was making
+	// even if its agent remembers nothing: 0 to 64 bytes that only the host's agent reads (DEVICE:INODE of
+	// that boot, in decimal). It is kept with the claim and decides nothing. Not in the request's digest: a
+	// server that does not know it takes a retry for the same request.
+	Exe string `json:"-"`
 }
 
 func (cmd ClaimCommand) claimant() Claimant {
@@ -116,6 +121,9 @@ type ClaimAnswer struct {
 // ErrVoid, ErrRefused; ErrNotConfirmed and ErrClaimed are worth waiting for.
 func (s *Service) Claim(ctx context.Context, cmd ClaimCommand) (ClaimAnswer, error) {
 	if err := validText("run", cmd.Run, 1, 128); err != nil {
+		return ClaimAnswer{}, err
+	}
+	if err := validText("exe", cmd.Exe, 0, 64); err != nil {
 		return ClaimAnswer{}, err
 	}
 	if err := ValidateBootID(cmd.BootID); err != nil {
@@ -149,7 +157,7 @@ func (s *Service) Claim(ctx context.Context, cmd ClaimCommand) (ClaimAnswer, err
 		if err != nil || a.Outcome == MayClone {
 			return nil, err
 		}
-		return Claimed{Claimant: cmd.claimant(), Checkpoint: cmd.Checkpoint}, nil
+		return Claimed{Claimant: cmd.claimant(), Checkpoint: cmd.Checkpoint, Exe: cmd.Exe}, nil
 	})
 	if err != nil {
 		return ClaimAnswer{}, err

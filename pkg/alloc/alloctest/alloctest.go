@@ -80,7 +80,7 @@ func Records(t testing.TB) []alloc.Record {
 			},
 			Stints: []alloc.Stint{stint, {Host: "b", Epoch: 1<<48 + 2, From: at, Began: alloc.BeganClaimed, Checkpoint: Serial(t, 4), Actor: "host/b"}},
 			Labels: map[string]string{"name": "web"}, Checkpoint: Serial(t, 4),
-			Claim:  &alloc.Claim{Claimant: claimant, From: alloc.StateInTransit},
+			Claim:  &alloc.Claim{Claimant: claimant, From: alloc.StateInTransit, Exe: "2049:131"},
 			Parent: &alloc.Parent{Sandbox: Serial(t, 8), Checkpoint: Serial(t, 9)}, Created: at, Requests: marks},
 		&alloc.OldStint{Sandbox: Serial(t, 1), Stint: stint},
 		&alloc.Checkpoint{Serial: Serial(t, 4), State: alloc.CheckpointOpen, Sandbox: Serial(t, 1), Epoch: 1<<48 + 1, Source: "a",

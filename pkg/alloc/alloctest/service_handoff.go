@@ -112,7 +112,9 @@ func testTwice(t *testing.T, p *Pool) {
 		return p.Confirm(t.Context(), confirm)
 	}, confirm.Mutation, alloc.StateInTransit)
 	cl := b.Claim(h, "r")
+	cl.Exe = "2049:131"
 	h = must[alloc.ClaimAnswer](t)(p.Claim(t.Context(), cl)).Handoff
+	cl.Exe = "" // as a server hears it that does not know the field, and a claimant that forgot
 	twice("claim", func(m alloc.Mutation) (alloc.Handoff, error) {
 		cl.Mutation = m
 		c, err := p.Claim(t.Context(), cl)
@@ -121,7 +123,7 @@ func testTwice(t *testing.T, p *Pool) {
 		}
 		return c.Handoff, err
 	}, cl.Mutation, alloc.StateClaimed)
-	if s := p.sandbox(t, sb.Serial); s.Epoch != h.Sandbox.Epoch || len(s.Stints) != 2 {
+	if s := p.sandbox(t, sb.Serial); s.Epoch != h.Sandbox.Epoch || len(s.Stints) != 2 || s.Claim.Exe != "2049:131" {
 		t.Errorf("claimed twice: %+v", s)
 	}
 	bd := b.Bind(h, "r")

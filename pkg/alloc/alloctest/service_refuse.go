@@ -98,6 +98,7 @@ func testOpenRefuses(t *testing.T, p *Pool) {
 		{Mutation: b.Mutation(), Checkpoint: h.Checkpoint.Serial, BootID: "x", Run: "r"},
 		{Mutation: b.Mutation(), Checkpoint: h.Checkpoint.Serial, BootID: a.BootID, Run: "r"},
 		{Mutation: b.Mutation(), Checkpoint: h.Checkpoint.Serial, BootID: b.BootID, Run: fmt.Sprintf("%0129d", 0)},
+		{Mutation: b.Mutation(), Checkpoint: h.Checkpoint.Serial, BootID: b.BootID, Run: "r", Exe: fmt.Sprintf("%065d", 0)},
 	} {
 		cmd.Digest = h.Checkpoint.Digest
 		_, err = p.Claim(t.Context(), cmd)

@@ -132,7 +132,7 @@ func AbortCommand(req *nsallocv1.AbortRequest, host string) alloc.AbortCommand {
 func ClaimRequest(cmd alloc.ClaimCommand) *nsallocv1.ClaimRequest {
 	return &nsallocv1.ClaimRequest{
 		RequestId: cmd.RequestID, Incarnation: uint64(cmd.Incarnation), Checkpoint: uint64(cmd.Checkpoint), Digest: cmd.Digest[:],
-		Claimant: &nsallocv1.Claimant{BootId: cmd.BootID, Run: cmd.Run},
+		Claimant: &nsallocv1.Claimant{BootId: cmd.BootID, Run: cmd.Run}, Exe: cmd.Exe,
 	}
 }
 
@@ -141,7 +141,7 @@ func ClaimCommand(req *nsallocv1.ClaimRequest, host string) (alloc.ClaimCommand,
 	digest, err := digestFromWire(req.GetDigest())
 	return alloc.ClaimCommand{
 		Mutation: mutation(req, host), Checkpoint: alloc.Serial(req.GetCheckpoint()), Digest: digest,
-		BootID: req.GetClaimant().GetBootId(), Run: req.GetClaimant().GetRun(),
+		BootID: req.GetClaimant().GetBootId(), Run: req.GetClaimant().GetRun(), Exe: req.GetExe(),
 	}, err
 }
 

@@ -78,7 +78,7 @@ func FuzzMessages(f *testing.F) {
 		alloc.OpenCommand{Mutation: m, Spend: spend, Sandbox: s, Epoch: 4, Checkpoint: s + 1, RunID: "r", Digest: digest},
 		alloc.ConfirmCommand{Mutation: m, Sandbox: s, Epoch: 4, Checkpoint: s + 1, Evidence: alloc.InDoubt},
 		alloc.AbortCommand{Mutation: m, Sandbox: s, Epoch: 4, Checkpoint: s + 1, ZeroGiven: true},
-		alloc.ClaimCommand{Mutation: m, Checkpoint: s, Digest: digest, BootID: "b", Run: "r"},
+		alloc.ClaimCommand{Mutation: m, Checkpoint: s, Digest: digest, BootID: "b", Run: "r", Exe: "2049:131"},
 		alloc.BindCommand{Mutation: m, Spend: spend, Sandbox: s, Epoch: 4, BootID: "b", Run: "r", Bindings: b, Fresh: b, Labels: labels},
 		alloc.ReleaseCommand{Mutation: m, Sandbox: s, Epoch: 4, BootID: "b", Run: "r"},
 		alloc.ClaimAnswer{Outcome: alloc.MayClone, Images: &alloc.Checkpoint{Serial: s, State: alloc.CheckpointVoid}, Why: "why"},

@@ -116,7 +116,7 @@ func SandboxToWire(s *alloc.Sandbox) *nsallocv1.Sandbox {
 		out.Stints = append(out.Stints, StintToWire(st))
 	}
 	if s.Claim != nil {
-		out.Claimant = ClaimantToWire(s.Claim.Claimant)
+		out.Claimant, out.ClaimExe = ClaimantToWire(s.Claim.Claimant), s.Claim.Exe
 	}
 	if s.Parent != nil {
 		out.Parent, out.ParentCheckpoint = uint64(s.Parent.Sandbox), uint64(s.Parent.Checkpoint)
@@ -144,7 +144,7 @@ func SandboxFromWire(s *nsallocv1.Sandbox) *alloc.Sandbox {
 		out.Stints = append(out.Stints, StintFromWire(st))
 	}
 	if c := s.GetClaimant(); c != nil {
-		out.Claim = &alloc.Claim{Claimant: ClaimantFromWire(c)}
+		out.Claim = &alloc.Claim{Claimant: ClaimantFromWire(c), Exe: s.GetClaimExe()}
 	}
 	if s.GetParent() != 0 || s.GetParentCheckpoint() != 0 {
 		out.Parent = &alloc.Parent{Sandbox: alloc.Serial(s.GetParent()), Checkpoint: alloc.Serial(s.GetParentCheckpoint())}

@@ -121,7 +121,7 @@ func TestRecords(t *testing.T) {
 			clean := *want
 			clean.Requests, clean.Extra = alloc.RequestLog{}, nil
 			if clean.Claim != nil {
-				clean.Claim = &alloc.Claim{Claimant: clean.Claim.Claimant}
+				clean.Claim = &alloc.Claim{Claimant: clean.Claim.Claimant, Exe: clean.Claim.Exe}
 			}
 			clean.Bindings = append([]alloc.Binding(nil), clean.Bindings...)
 			for i := range clean.Bindings {
@@ -200,7 +200,7 @@ func TestCommands(t *testing.T) {
 	same(t, ConfirmCommand(through(t, ConfirmRequest(confirm)), "h"), confirm)
 	abort := alloc.AbortCommand{Mutation: m, Sandbox: s, Epoch: 4, Checkpoint: s + 1, ZeroGiven: true}
 	same(t, AbortCommand(through(t, AbortRequest(abort)), "h"), abort)
-	claim := alloc.ClaimCommand{Mutation: m, Checkpoint: s, Digest: digest, BootID: "b", Run: "r"}
+	claim := alloc.ClaimCommand{Mutation: m, Checkpoint: s, Digest: digest, BootID: "b", Run: "r", Exe: "2049:131"}
 	claimed, err2 := ClaimCommand(through(t, ClaimRequest(claim)), "h")
 	same(t, claimed, claim)
 	if err != nil || err2 != nil {

@@ -600,7 +600,10 @@ type ClaimRequest struct {
 	// SHA-256 of the manifest's bytes as found in the images: 32 bytes.
 	Digest []byte `protobuf:"bytes,4,opt,name=digest,proto3" json:"digest,omitempty"`
 	// The CRIU run that restores.
-	Claimant      *Claimant `protobuf:"bytes,5,opt,name=claimant,proto3" json:"claimant,omitempty"`
+	Claimant *Claimant `protobuf:"bytes,5,opt,name=claimant,proto3" json:"claimant,omitempty"`
+	// The file that this CRIU executes, as the agent names it: 0 to 64 bytes, kept with the claim and read by
+	// the host's agent only. A retry can leave it out.
+	Exe           string `protobuf:"bytes,6,opt,name=exe,proto3" json:"exe,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -668,6 +671,13 @@ func (x *ClaimRequest) GetClaimant() *Claimant {
 		return x.Claimant
 	}
 	return nil
+}
+
+func (x *ClaimRequest) GetExe() string {
+	if x != nil {
+		return x.Exe
+	}
+	return ""
 }
 
 // ClaimResponse is the decision.
@@ -1395,7 +1405,7 @@ const file_nsalloc_v1_handoff_proto_rawDesc = "" +
 	"\asandbox\x18\x01 \x01(\v2\x13.nsalloc.v1.SandboxR\asandbox\x126\n" +
 	"\n" +
 	"checkpoint\x18\x02 \x01(\v2\x16.nsalloc.v1.CheckpointR\n" +
-	"checkpoint\"\xb9\x01\n" +
+	"checkpoint\"\xcb\x01\n" +
 	"\fClaimRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12 \n" +
@@ -1404,7 +1414,8 @@ const file_nsalloc_v1_handoff_proto_rawDesc = "" +
 	"checkpoint\x18\x03 \x01(\x06R\n" +
 	"checkpoint\x12\x16\n" +
 	"\x06digest\x18\x04 \x01(\fR\x06digest\x120\n" +
-	"\bclaimant\x18\x05 \x01(\v2\x14.nsalloc.v1.ClaimantR\bclaimant\"\xbc\x01\n" +
+	"\bclaimant\x18\x05 \x01(\v2\x14.nsalloc.v1.ClaimantR\bclaimant\x12\x10\n" +
+	"\x03exe\x18\x06 \x01(\tR\x03exe\"\xbc\x01\n" +
 	"\rClaimResponse\x122\n" +
 	"\aoutcome\x18\x01 \x01(\x0e2\x18.nsalloc.v1.ClaimOutcomeR\aoutcome\x12-\n" +
 	"\asandbox\x18\x02 \x01(\v2\x13.nsalloc.v1.SandboxR\asandbox\x126\n" +

@@ -910,7 +910,9 @@ type Sandbox struct {
 	// In a clone: the checkpoint that it was restored from; else 0.
 	ParentCheckpoint uint64 `protobuf:"fixed64,12,opt,name=parent_checkpoint,json=parentCheckpoint,proto3" json:"parent_checkpoint,omitempty"`
 	// When it was registered, by the server's clock.
-	Created       *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=created,proto3" json:"created,omitempty"`
+	Created *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=created,proto3" json:"created,omitempty"`
+	// The file that the claimant's CRIU executes (ClaimRequest.exe); empty where nobody said.
+	ClaimExe      string `protobuf:"bytes,14,opt,name=claim_exe,json=claimExe,proto3" json:"claim_exe,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1034,6 +1036,13 @@ func (x *Sandbox) GetCreated() *timestamppb.Timestamp {
 		return x.Created
 	}
 	return nil
+}
+
+func (x *Sandbox) GetClaimExe() string {
+	if x != nil {
+		return x.ClaimExe
+	}
+	return ""
 }
 
 // Checkpoint is the record of one dump's images.
@@ -1435,7 +1444,7 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\n" +
 	"checkpoint\x18\a \x01(\x06R\n" +
 	"checkpoint\x12\x14\n" +
-	"\x05actor\x18\b \x01(\tR\x05actor\"\xb3\x04\n" +
+	"\x05actor\x18\b \x01(\tR\x05actor\"\xd0\x04\n" +
 	"\aSandbox\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\x06R\x06serial\x12.\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x18.nsalloc.v1.SandboxStateR\x05state\x12\x14\n" +
@@ -1452,7 +1461,8 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	" \x01(\v2\x14.nsalloc.v1.ClaimantR\bclaimant\x12\x16\n" +
 	"\x06parent\x18\v \x01(\x06R\x06parent\x12+\n" +
 	"\x11parent_checkpoint\x18\f \x01(\x06R\x10parentCheckpoint\x124\n" +
-	"\acreated\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x1a9\n" +
+	"\acreated\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x1b\n" +
+	"\tclaim_exe\x18\x0e \x01(\tR\bclaimExe\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xee\x02\n" +
