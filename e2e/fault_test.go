@@ -301,6 +301,40 @@ func TestCRIUKilledInPostRestore(t *testing.T) {
 	s.goesOnAtB()
 }
 
+// TestCRIUKilledInSetupNamespaces: CRIU dies while the root of the tree still executes CRIU's own program, and
+// the agent dies with its disk: only the pool's claim knows of the restore. runc, which waits for the root,
+// reports a failure once the next agent has ended it, and the images can be restored again.
+func TestCRIUKilledInSetupNamespaces(t *testing.T) {
+	p := newPool(t, "a", "b")
+	s := p.subject()
+	s.dumped()
+	const done = "/run/setup-namespaces-done"
+	heal := p.at("b", "setup-namespaces", afterHook, "rm -rf /var/lib/nsalloc/agent; "+p.killAgent("b")+"; "+killCRIU+"; touch "+done)
+	wait := inBackground(func() error { return s.restore("b", "") })
+	p.eventually("CRIU is killed", func() error {
+		_, err := p.Host("b").ReadFile(done)
+		return err
+	})
+	criu := func() string {
+		var out bytes.Buffer
+		_ = testpool.Output(p.Host("b").Command(p.ctx(), "pgrep", "-x", "criu"), &out) // it fails when there is none
+		return out.String()
+	}
+	if criu() == "" {
+		t.Fatal("no half-built tree was left: this proves nothing")
+	}
+	p.restartAgent("b")
+	if wait() == nil {
+		t.Error("a restore went through whose CRIU was dead")
+	}
+	heal()
+	s.waitsForRestore()
+	if left := criu(); left != "" {
+		t.Errorf("processes of CRIU's are left: %s", left)
+	}
+	s.goesOnAtB()
+}
+
 // TestBypassInPostRestore: the agent is gone and an operator lets CRIU go on. The container runs under a
 // claim that nobody bound; the next agent commits it late, and does not take it for a parked one.
 func TestBypassInPostRestore(t *testing.T) {

@@ -226,12 +226,13 @@ func (p *proc) tell(line string) string {
 // criu is a process that stands in for CRIU.
 type criu struct {
 	*proc
-	h *host
+	h    *host
+	root task // of the last tree that it made
 }
 
 func (h *host) criu() *criu {
 	h.t.Helper()
-	return &criu{spawn(h.t, 0, "/proc/self/exe", roleVar+"=criu"), h}
+	return &criu{proc: spawn(h.t, 0, criuProgram, roleVar+"=criu"), h: h}
 }
 
 func (c *criu) order(o order) said {
@@ -256,6 +257,11 @@ func (c *criu) tree(flags uintptr, parked bool) int {
 		c.t.Fatal(s.Err)
 	}
 	c.t.Cleanup(func() { kill(s.PID) })
+	p, err := c.h.kernel.Process(s.PID)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.root = task{p.PID, p.StartTime}
 	return s.PID
 }
 

@@ -253,10 +253,14 @@ func signals(status []byte, field string) (uint64, bool) {
 // exiting reads the flags, the 9th field of /proc/PID/stat: PF_EXITING (include/linux/sched.h).
 func exiting(stat []byte) bool {
 	const pfExiting = 0x4
+	flags, err := taskFlags(stat)
+	return err != nil || flags&pfExiting != 0
+}
+
+func taskFlags(stat []byte) (uint64, error) {
 	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
 	if len(fields) < 7 {
-		return true
+		return 0, fmt.Errorf("stat has %d fields after the name, want 7 at least", len(fields))
 	}
-	flags, err := strconv.ParseUint(string(fields[6]), 10, 64)
-	return err == nil && flags&pfExiting != 0
+	return strconv.ParseUint(string(fields[6]), 10, 64)
 }

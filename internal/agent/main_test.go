@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -56,9 +57,6 @@ func TestMain(m *testing.M) {
 		fakeCRIU()
 	case "hook":
 		fakeHook()
-	case "parked": // a task that executes CRIU's own program
-		_, _ = bufio.NewReader(os.Stdin).ReadByte()
-		select {}
 	case "inner":
 		os.Exit(inner(m))
 	default:
@@ -101,6 +99,11 @@ func inner(m *testing.M) int {
 	}
 	// Most of what the tests would wait for. Not shorter: what they let CRIU do meanwhile has to be seen.
 	settlePause, helloPause = settlePause/5, helloPause/5
+	if criuProgram, err = copyOfSelf(); err != nil {
+		fmt.Fprintln(os.Stderr, "a program for CRIU:", err)
+		return 1
+	}
+	defer os.Remove(criuProgram)
 	code := m.Run()
 	if err := goleak.Find(); err != nil && code == 0 {
 		fmt.Fprintln(os.Stderr, err)
@@ -174,8 +177,7 @@ func makeTree(o order) said {
 		c = exec.Command(o.Program)
 	}
 	if o.Parked {
-		c = exec.Command("/proc/self/exe")
-		c.Env = append(os.Environ(), roleVar+"=parked")
+		return forkParked(o.Tree)
 	}
 	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: o.Tree}
 	err := errors.New("not started")
@@ -190,6 +192,43 @@ func makeTree(o order) said {
 	}
 	go func() { _ = c.Wait() }() // CRIU reaps what it kills
 	return said{PID: c.Process.Pid}
+}
+
+// forkParked makes a task as CRIU does: forked, in namespaces of its own, executing nothing else, and waiting in
+// futex(2) for a next step.
+//
+//go:norace
+func forkParked(flags uintptr) said {
+	word := new(uint32)
+	// Nothing of the runtime works in the child: it makes system calls and nothing else.
+	pid, _, errno := syscall.RawSyscall6(unix.SYS_CLONE, flags|uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
+	for pid == 0 && errno == 0 {
+		_, _, _ = syscall.RawSyscall6(unix.SYS_FUTEX, uintptr(unsafe.Pointer(word)), 0 /* FUTEX_WAIT */, 0, 0, 0, 0)
+	}
+	if errno != 0 {
+		return said{Err: errno.Error()}
+	}
+	go func() { // CRIU reaps what it kills
+		var status unix.WaitStatus
+		_, _ = unix.Wait4(int(pid), &status, 0, nil)
+	}()
+	return said{PID: int(pid)}
+}
+
+// criuProgram is what the process that stands in for CRIU executes: a file of its own, as CRIU's is.
+var criuProgram string
+
+func copyOfSelf() (path string, err error) {
+	program, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		return "", err
+	}
+	f, err := os.CreateTemp("", "criu-of-tests-")
+	if err != nil {
+		return "", err
+	}
+	_, err = f.Write(program)
+	return f.Name(), errors.Join(err, f.Chmod(0o700), f.Close())
 }
 
 func runHook(line []byte) said {

@@ -51,7 +51,8 @@ func (a *Agent) mayBeOrphan(s *alloc.Sandbox) bool {
 	case alloc.StateDumped, alloc.StateClaimed:
 		return !a.runs.holds(s.Serial)
 	case alloc.StateRunning:
-		return s.Claim != nil && s.Claim.BootID == a.bootID() && a.ran[s.Serial] != s.Epoch && !a.runs.holds(s.Serial)
+		_, _, ok := a.restoreOf(s)
+		return ok && a.ran[s.Serial] != s.Epoch && !a.runs.holds(s.Serial)
 	}
 	return false
 }
@@ -84,12 +85,12 @@ func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
 		a.orphanSettled(h, err)
 		return err
 	case alloc.StateClaimed:
-		pid, start, ok := parseRunKey(s.Claim.Run)
-		if ok && s.Claim.BootID == a.bootID() && !a.gone(task{pid, start}) {
-			return nil // its CRIU lives
-		}
 		if s.Claim.BootID == a.bootID() {
-			left, err := a.endHalfBuilt(ctx, start)
+			criu, exe, ok := a.restoreOf(s)
+			if ok && !a.gone(criu) {
+				return nil // its CRIU lives
+			}
+			left, err := a.endHalfBuilt(ctx, criu.Start, exe)
 			if err != nil || left {
 				return err // given back when nothing of it is left
 			}
@@ -107,10 +108,11 @@ func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
 // endParked takes a restore back that was committed, that nobody remembers, and whose CRIU has left the tree
 // parked: it is ended and seen dead before anything but us may look, because a dead tree says no more that
 // it never ran. If we die in between, or the pool is away, it counts as one that ran and ended: its images
-// stay consumed. A tree that was seen to run is not looked at again. By the registrar's holder.
+// stay consumed. A tree that was seen to run is not looked at again. A restore without a claim took nothing
+// that could go back: the sweep ends its sandbox. By the registrar's holder.
 func (a *Agent) endParked(ctx context.Context, s *alloc.Sandbox) error {
-	pid, start, ok := parseRunKey(s.Claim.Run)
-	if !ok || !a.gone(task{pid, start}) {
+	criu, exe, ok := a.restoreOf(s)
+	if !ok || !a.gone(criu) {
 		return nil // its CRIU lives
 	}
 	tasks, err := a.inhabitants(ctx, s)
@@ -118,7 +120,7 @@ func (a *Agent) endParked(ctx context.Context, s *alloc.Sandbox) error {
 		return err // the sweep's
 	}
 	for _, t := range tasks {
-		switch halfBuilt(t, "") {
+		switch halfBuiltBy(t, exe) {
 		case goesOn:
 			a.ran[s.Serial] = s.Epoch
 			return nil
@@ -144,6 +146,10 @@ func (a *Agent) endParked(ctx context.Context, s *alloc.Sandbox) error {
 	if left, err := a.inhabited(ctx, s); err != nil || left {
 		return err // somebody entered meanwhile: it is a sandbox in which something runs
 	}
+	if s.Claim == nil {
+		a.sweepSoon()
+		return nil
+	}
 	h, err := a.pool.Release(ctx, alloc.ReleaseCommand{Mutation: a.registrar.mutation(), Sandbox: s.Serial, Epoch: s.Epoch, BootID: s.Claim.BootID, Run: s.Claim.Run})
 	err = a.registrar.moved(h, err)
 	a.orphanSettled(h, err)
@@ -167,29 +173,38 @@ func (a *Agent) seeDead(ctx context.Context, tasks []task) error {
 	}
 }
 
-// endHalfBuilt ends what a restore that nobody remembers has left in CRIU's restorer: trees that no
-// restore we know works on, begun since that restore's CRIU was. A tree that was answered 0 stands in the
-// restorer too, until its CRIU lets it go. What is ended was seen so twice, a pause apart: a restore that
-// we do not know, because the hook was not there for it, does not stand still. It reports whether
-// anything may be left.
-func (a *Agent) endHalfBuilt(ctx context.Context, since uint64) (left bool, err error) {
+// endHalfBuilt ends what a restore that nobody remembers has left half built: trees that no restore we know
+// works on, begun since that restore's CRIU was, which executed exe. A tree that was answered 0 stands in
+// the restorer too, until its CRIU lets it go. What is ended was seen so twice, a pause apart: a restore
+// that we do not know, because the hook was not there for it, does not stand still. What a CRIU may be making
+// that nobody knows is left alone. It reports whether anything may be left.
+func (a *Agent) endHalfBuilt(ctx context.Context, since uint64, exe string) (left bool, err error) {
 	procs, err := a.kernel.Sweep(ctx)
 	if err != nil {
 		return true, err
 	}
 	before := a.parked
 	a.parked = map[task]bool{}
-	for _, p := range leaveOut(procs, a.runs.restoring()) {
+	procs = leaveOut(procs, append(a.runs.restoring(), a.byClaims(alloc.StateClaimed, alloc.StateRunning)...))
+	ours := map[int]bool{}
+	for _, p := range leaveOut(procs, a.alienTrees(procs, exe)) {
+		ours[p.PID] = true
+	}
+	var ended []task
+	for _, p := range procs {
 		t := task{p.PID, p.StartTime}
 		if p.StartTime < since || p.Ended || !a.ownsNamespace(p) || isDying(t) {
 			continue
 		}
-		switch halfBuilt(t, "") {
+		switch halfBuiltBy(t, exe) {
 		case goesOn:
 		case unclear:
 			left = true
 		case parked:
 			left = true
+			if !ours[t.PID] {
+				continue
+			}
 			if a.parked[t] = true; !before[t] {
 				continue
 			}
@@ -197,9 +212,10 @@ func (a *Agent) endHalfBuilt(ctx context.Context, since uint64) (left bool, err 
 			if err := a.kill(t); err != nil {
 				return true, err
 			}
+			ended = append(ended, t)
 		}
 	}
-	return left, nil
+	return left, a.seeDead(ctx, ended)
 }
 
 func (a *Agent) orphanSettled(h alloc.Handoff, err error) {

@@ -297,3 +297,16 @@ func (p *testPool) Checkpoint(ctx context.Context, serial alloc.Serial) (*alloc.
 	}
 	return nil, alloc.ErrCheckpointNotFound
 }
+
+// everBound is the serial that a namespace has or had; 0 when it never got one.
+func (p *testPool) everBound(u unnumbered) alloc.Serial {
+	all, _ := p.sandboxes(context.Background()) // a store in memory
+	for _, s := range all {
+		for _, b := range s.Bindings {
+			if b.Type == u.t && b.Kernel.Key(b.Type) == u.k.Key(u.t) {
+				return b.Serial
+			}
+		}
+	}
+	return 0
+}

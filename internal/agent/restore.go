@@ -91,7 +91,7 @@ func (a *Agent) claimOnce(ctx context.Context, n *run, m *criuhook.Manifest, dig
 	}
 	defer done()
 	answer, err := a.pool.Claim(ctx, alloc.ClaimCommand{
-		Mutation: a.registrar.mutation(), Checkpoint: m.Checkpoint, Digest: digest, BootID: a.bootID(), Run: n.key,
+		Mutation: a.registrar.mutation(), Checkpoint: m.Checkpoint, Digest: digest, BootID: a.bootID(), Run: n.key, Exe: n.rec.CRIUExe,
 	})
 	if err = a.registrar.failed(err); errors.Is(err, alloc.ErrManifest) {
 		err = a.altered(ctx, m, err)
@@ -274,6 +274,7 @@ func (a *Agent) registerRestored(ctx context.Context, n *run, root kernelns.Proc
 	}
 	defer done()
 	item := alloc.RegisterItem{Labels: labelsOf(root)}
+	item.Labels[labelRestoredBy] = restoredBy(n.rec)
 	parents := map[string]alloc.Serial{}
 	var add []unnumbered
 	var external []images.Namespace
@@ -295,20 +296,23 @@ func (a *Agent) registerRestored(ctx context.Context, n *run, root kernelns.Proc
 	} else {
 		item.Labels["adopted"] = "true"
 	}
-	if len(add) == 0 {
+	switch {
+	case n.rec.Sandbox != 0: // done before, in an action that is begun again
+	case len(add) == 0:
 		n.rec.Mode = modeNone
 		return nil
+	default:
+		if err := a.dropParted(ctx, dumped, parents); err != nil {
+			return err
+		}
+		s, err := a.registerOne(ctx, wish{item: item, add: add, parents: parents})
+		if err != nil {
+			return err
+		}
+		n.rec.Sandbox, n.rec.Epoch = s.Serial, s.Epoch
 	}
-	if err := a.dropParted(ctx, dumped, parents); err != nil {
-		return err
-	}
-	s, err := a.registerOne(ctx, wish{item: item, add: add, parents: parents})
-	if err != nil {
-		return err
-	}
-	n.rec.Sandbox, n.rec.Epoch = s.Serial, s.Epoch
 	for _, ns := range external {
-		if err := a.numberExternal(ctx, ns, s.Serial, item.Labels); err != nil {
+		if err := a.numberExternal(ctx, ns, n.rec.Sandbox, item.Labels); err != nil {
 			return err
 		}
 	}

@@ -166,3 +166,60 @@ func TestForgottenInRestorer(t *testing.T) {
 		})
 	}
 }
+
+// TestForgottenCopyInRestorer: the same for a restore that claimed nothing, as its images are nobody's or a
+// copy: it was answered 0 at post-restore, and what the pool has of it says which CRIU that was.
+func TestForgottenCopyInRestorer(t *testing.T) {
+	for name, imagesOf := range map[string]func(h *host) string{
+		"adopted": func(h *host) string { return writeImages(h.t, "unknown", containerTypes...) },
+		"clone": func(h *host) string {
+			d := h.dump()
+			d.end() // it runs on
+			h.reaches(d.sandbox, alloc.StateRunning)
+			return d.images
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			images := imagesOf(h)
+			c := h.criu()
+			c.passes(criuhook.PreRestore, 0, images)
+			made := c.order(order{Tree: containerFlags, Program: restorer(t)})
+			if made.Err != "" {
+				t.Fatal(made.Err)
+			}
+			t.Cleanup(func() { kill(made.PID) })
+			c.passes(criuhook.SetupNamespaces, made.PID, images)
+			c.passes(criuhook.PostRestore, made.PID, images)
+			sandbox := h.sandbox(made.PID)
+			p, err := h.kernel.Process(made.PID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			root := task{p.PID, p.StartTime}
+			h.mustStop()
+			if err := os.RemoveAll(h.stateDir()); err != nil {
+				t.Fatal(err)
+			}
+			h.start()
+			c.passes(criuhook.PreResume, made.PID, images) // CRIU lives: nothing is touched
+			if h.gone(root) {
+				t.Error("the tree was ended under a CRIU that lives")
+			}
+			c.end()
+			h.eventually("the tree is ended", func() error {
+				if !h.gone(root) {
+					return errors.New("it is not")
+				}
+				return nil
+			})
+			kill(made.PID) // it has become ours to reap: until then its PID namespace lives
+			h.reaches(sandbox, alloc.StateEnded)
+			again, pid := h.restored(images)
+			again.end()
+			h.serials(pid)
+			h.settled()
+			h.consistent()
+		})
+	}
+}

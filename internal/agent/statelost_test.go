@@ -71,9 +71,27 @@ var handoffs = map[string]struct {
 	"claimed, parked": {func(h *host) (*dumped, func()) {
 		d := h.moved()
 		c := h.parked(d, false)
+		root := c.root
+		var own []unnumbered
+		for typ, k := range h.namespaces(root.PID) {
+			if !h.isHosts(typ, k) {
+				own = append(own, unnumbered{typ, k})
+			}
+		}
 		h.mustStop()
 		c.end()
-		return d, func() {}
+		return d, func() {
+			h.reaches(d.sandbox, alloc.StateInTransit)
+			if !h.gone(root) {
+				h.t.Error("the claim was given back while the tree stood there")
+			}
+			for _, u := range own {
+				if serial := h.pool.everBound(u); serial != 0 {
+					h.t.Errorf("the %s namespace of the half-built tree got serial %s", u.t, serial)
+				}
+			}
+			kill(root.PID) // it has become ours to reap
+		}
 	}, alloc.StateInTransit, alloc.CheckpointOpen, true},
 	"claimed, CRIU goes on": {func(h *host) (*dumped, func()) {
 		d := h.moved()

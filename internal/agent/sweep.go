@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/nsalloc/nsalloc/internal/kernelns"
@@ -86,20 +87,19 @@ func (a *Agent) withNumberable(ctx context.Context, do func([]kernelns.Process) 
 	if err := a.numberHost(ctx); err != nil {
 		return err
 	}
-	return do(leaveOut(procs, append(a.runs.building(), a.byClaims()...)))
+	return do(leaveOut(procs, slices.Concat(a.runs.building(), a.byClaims(alloc.StateClaimed), a.leftBehind(procs))))
 }
 
-// byClaims lists the trees that a live CRIU may be building by a claim in the book that no open run knows:
-// its record was lost. The root task is not known, so that CRIU's siblings count.
-func (a *Agent) byClaims() []tree {
+// byClaims lists the trees that a live CRIU may be building for a sandbox of the book, in one of some states,
+// that no open run knows: its record was lost. The root task is not known, so that CRIU's siblings count.
+func (a *Agent) byClaims(states ...alloc.SandboxState) []tree {
 	var trees []tree
 	for _, s := range a.book.all() {
-		if s.State != alloc.StateClaimed || s.Claim == nil || s.Claim.BootID != a.bootID() || a.runs.holds(s.Serial) {
+		if !slices.Contains(states, s.State) || a.runs.holds(s.Serial) {
 			continue
 		}
-		pid, start, ok := parseRunKey(s.Claim.Run)
-		if criu := (task{pid, start}); ok && !a.gone(criu) {
-			trees = append(trees, tree{pid: pid, since: start})
+		if criu, _, ok := a.restoreOf(s); ok && !a.gone(criu) {
+			trees = append(trees, tree{pid: criu.PID, since: criu.Start})
 			trees = append(trees, a.siblings(criu)...)
 		}
 	}
