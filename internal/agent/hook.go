@@ -10,6 +10,7 @@ import (
 
 	"github.com/nsalloc/nsalloc/internal/kernelns"
 	"github.com/nsalloc/nsalloc/internal/killpoint"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
 
@@ -71,7 +72,13 @@ func (a *Agent) answer(ctx context.Context, n *run, stage criuhook.Stage, req *h
 	err := a.watchCRIU(n, pidfd)
 	message := ""
 	if err == nil {
-		message, err = a.handle(ctx, n, req)
+		if message, err = a.handle(ctx, n, req); alloc.ReasonOf(err) == alloc.ReasonRange {
+			// The pool knows other ranges than we did: an operator burned ours, say. Nothing of it was committed
+			// and what we would have spent never will be; the whole action, for which the records are read anew
+			// now, looks again at what has no serial. Once: who loses twice has a twin.
+			a.log.Warn("hook: the pool knows other ranges than this agent; beginning the action again", "action", req.Action, "run", n.key, "cause", err)
+			message, err = a.handle(ctx, n, req)
+		}
 	}
 	if err == nil && isLast(stage) {
 		// Whoever is told to go on must be there to do it. What ends after this is found by looking.

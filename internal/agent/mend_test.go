@@ -10,6 +10,7 @@ import (
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/client"
+	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
 
 // mend is an operator's.
@@ -117,6 +118,60 @@ func TestRangesBurned(t *testing.T) {
 			if h.registrar.life.Load() != life {
 				t.Error("the host began a new life")
 			}
+			h.consistent()
+		})
+	}
+}
+
+// TestBurnedUnderHook: CRIU's action is the first to spend after the ranges were burned. It is not vetoed for
+// that, and what it commits is of other ranges.
+func TestBurnedUnderHook(t *testing.T) {
+	for name, do := range map[string]func(h *host, burned func()) (fresh []alloc.Serial){
+		"dump": func(h *host, burned func()) []alloc.Serial {
+			tree := container(h.t, containerFlags)
+			sandbox := h.sandbox(tree.pid)
+			images := writeImages(h.t, "run", containerTypes...)
+			c := h.criu()
+			c.passes(criuhook.PreDump, tree.pid, images)
+			burned()
+			c.passes(criuhook.PostDump, tree.pid, images)
+			tree.end()
+			c.end()
+			s, cp := h.reaches(sandbox, alloc.StateInTransit)
+			again, _ := h.restored(images)
+			again.end()
+			h.reaches(s.Serial, alloc.StateRunning)
+			return []alloc.Serial{cp.Serial}
+		},
+		"adopted": func(h *host, burned func()) (fresh []alloc.Serial) {
+			images := writeImages(h.t, "unknown", containerTypes...)
+			burned()
+			c, pid := h.restored(images)
+			c.end()
+			serials := serialsOf(h.serials(pid))
+			for _, typ := range containerTypes {
+				fresh = append(fresh, serials[typ])
+			}
+			return fresh
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			h.serials(container(t, containerFlags).pid)
+			var had alloc.Ranges
+			fresh := do(h, func() {
+				had = hostRecord(t, h).Granted
+				h.mend(alloc.KindHost, "a")
+			})
+			for _, serial := range fresh {
+				if had.Contains(serial) {
+					t.Errorf("%s is of a range that was burned", serial)
+				}
+			}
+			if !strings.Contains(h.logs.String(), "the pool knows other ranges than this agent") {
+				t.Error("something else spent before the hook: this proves nothing")
+			}
+			h.settled()
 			h.consistent()
 		})
 	}

@@ -78,5 +78,9 @@ var mutations = []mutation{
 	{"late hook commits a restore after a veto", agent + "/restore.go", "	case n.rec.Closed:\n		return \"\", errors.New(\"this restore was refused before\")", "	case false:\n		return \"\", errors.New(\"this restore was refused before\")", agent, "TestVetoIsFinal/restore"},
 	{"an agent does not wait for the source", agent + "/restore.go", "e.Reason != alloc.ReasonNotConfirmed && e.Reason != alloc.ReasonClaimed", "e.Reason != \"\"", agent, "TestClaimWaitsForTheSource"},
 	{"a manifest that changed after the claim is used", agent + "/restore.go", "if digest != n.rec.Manifest || m.Images != set.Digest {", "if digest == n.rec.Manifest && m.Images != set.Digest {", agent, "TestManifestChangedAfterClaim"},
+	{"a claim forgets what CRIU executes", domain + "/handoff.go", ", Exe: e.Exe}", "}", domain, "TestService/StraightPathTwice"},
+	{"what a forgotten restore left is numbered", agent + "/sweep.go", ", a.leftBehind(procs)", "", agent, "TestStateLost/everything/claimed,_parked"},
+	{"another CRIU's tree is ended", agent + "/orphans.go", "leaveOut(procs, a.alienTrees(procs, exe))", "procs", agent, "TestOthersExecuteCRIU"},
+	{"a hook is vetoed for burned ranges", agent + "/hook.go", "alloc.ReasonOf(err) == alloc.ReasonRange {", "alloc.ReasonOf(err) == alloc.ReasonRange && false {", agent, "TestBurnedUnderHook"},
 	{"images swapped under their manifest", agent + "/restore.go", "	if m.Images != set.Digest {\n		return \"\", fmt.Errorf(\"%s is of other images", "	if false {\n		return \"\", fmt.Errorf(\"%s is of other images", agent, "TestTampered"},
 }
