@@ -154,7 +154,9 @@ func (c *cellRun) strike(j journey) time.Time {
 		}
 	}
 	host := c.host()
-	c.arm(host, string(c.point))
+	if !j.arms {
+		c.arm(host, string(c.point))
+	}
 	c.armed = true
 	heal := func() {}
 	if j.fault != nil {

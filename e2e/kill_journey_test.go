@@ -25,6 +25,8 @@ type journey struct {
 	fault func(*cellRun) (heal func())
 	// op is what an operator does. Its error says nothing: ownership follows what is seen of processes.
 	op func(*cellRun) error
+	// arms: op arms the point itself, when nothing but what it is for can pass it any more.
+	arms bool
 	// holds says what else must be, when processes and store agree.
 	holds func(*cellRun) error
 	// ends: the operation is the container's end, and nothing is to be continued.
@@ -123,7 +125,8 @@ var journeys = map[string]journey{
 	// A network namespace that was handed in parts from the container that is dumped.
 	"part": {
 		prepare: (*cellRun).prepareParted,
-		op:      func(c *cellRun) error { return c.dump("a") },
+		op:      (*cellRun).dumpParting,
+		arms:    true,
 		holds:   (*cellRun).partedOnce,
 	},
 	// An operator's bypass lets a restored tree run while the agent is dead: the next one binds it late.

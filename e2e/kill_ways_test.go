@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path"
 	"path/filepath"
 	"slices"
@@ -42,6 +43,23 @@ func (c *cellRun) prepareParted() {
 	if n := c.ns[alloc.Net]; n.sandbox != c.source.Serial {
 		c.p.t.Fatalf("the namespace that was handed in is %+v, the container %s", n, c.source.Serial)
 	}
+}
+
+// dumpParting dumps, and arms the point when CRIU is at post-dump: before that the agent may register what it
+// had not seen yet.
+func (c *cellRun) dumpParting() error {
+	const here, leave = "/run/parting", "/run/parting-leave"
+	a := c.p.Host("a")
+	c.must(os.RemoveAll(a.Path(here)), os.RemoveAll(a.Path(leave)))
+	heal := c.p.at("a", "post-dump", beforeHook, ": >"+here+"; i=0; until [ -e "+leave+" ] || [ $i = 400 ]; do sleep 0.02; i=$((i+1)); done")
+	wait := inBackground(func() error { return c.dump("a") })
+	c.p.eventually("CRIU is at post-dump", func() error {
+		_, err := os.Stat(a.Path(here))
+		return err
+	})
+	heal()
+	c.arm(c.host(), string(c.point))
+	return errors.Join(a.WriteFile(leave, nil, 0o644), wait())
 }
 
 // partedOnce: the namespace has the serial that it had. It is in a sandbox of its own on its host since before
