@@ -166,7 +166,8 @@ func (f fakeHosts) Get(ctx context.Context, r *nsallocv1.HostsGetRequest) (*nsal
 	case "new":
 		return nil, status.Error(codes.Unimplemented, "unknown method Get")
 	case "silent":
-		<-ctx.Done() // until the command has given up
+		<-ctx.Done() // until the command has given up, or is about to: the deadline came along
+		return nil, status.FromContextError(ctx.Err()).Err()
 	}
 	return nil, refuse(alloc.ReasonHostUnknown, "host "+r.Name, "no host of that name has said Hello")
 }
