@@ -14,7 +14,7 @@ import (
 type mendFlags struct{ yes, force bool }
 
 // mendKinds is what can be mended, as help and completion list it.
-var mendKinds = []alloc.Kind{alloc.KindSandbox, alloc.KindCheckpoint, alloc.KindStint, alloc.KindHost, alloc.KindRequest, alloc.KindCounter}
+var mendKinds = []alloc.Kind{alloc.KindSandbox, alloc.KindCheckpoint, alloc.KindStint, alloc.KindHost, alloc.KindLane, alloc.KindRequest, alloc.KindCounter}
 
 func (c *cli) mendCommand() *cobra.Command {
 	var f mendFlags
@@ -59,7 +59,7 @@ func (c *cli) mend(ctx context.Context, args []string, f mendFlags) error {
 	cmd := alloc.MendCommand{Kind: alloc.Kind(args[0]), Force: f.force}
 	cost := alloc.MendCost(cmd.Kind)
 	if cost == "" {
-		return usage("%q cannot be mended; there are: sandbox, checkpoint, stint, host, request, counter", args[0])
+		return usage("%q cannot be mended; there are: sandbox, checkpoint, stint, host, lane, request, counter", args[0])
 	}
 	if len(args) > 1 {
 		cmd.ID = args[1]

@@ -71,6 +71,8 @@ func newMessage(kind alloc.Kind) proto.Message {
 		return new(storepb.Pool)
 	case alloc.KindCounter:
 		return new(storepb.Counter)
+	case alloc.KindLane:
+		return new(storepb.Lane)
 	case alloc.KindHost:
 		return new(storepb.Host)
 	case alloc.KindSandbox:
@@ -174,6 +176,8 @@ func (d *decoder) record(m proto.Message) alloc.Record {
 		return d.pool(m)
 	case *storepb.Counter:
 		return &alloc.Counter{Generation: d.generation(m.Generation), Next: m.Next, Nonce: m.Nonce, Extra: unknown(m)}
+	case *storepb.Lane:
+		return &alloc.Lane{ID: m.Id, Left: d.ranges(m.Left), Nonce: m.Nonce, At: d.time(m.At), Extra: unknown(m)}
 	case *storepb.Host:
 		return &alloc.Host{
 			Name: m.Name, Incarnation: alloc.Incarnation(m.Incarnation), Nonce: m.Nonce, BootID: m.BootId,

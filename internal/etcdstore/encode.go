@@ -78,6 +78,8 @@ func (e *encoder) record(rec alloc.Record) proto.Message {
 		return e.pool(r)
 	case *alloc.Counter:
 		return extra(&storepb.Counter{Generation: uint32(r.Generation), Next: r.Next, Nonce: r.Nonce}, r.Extra)
+	case *alloc.Lane:
+		return extra(&storepb.Lane{Id: r.ID, Left: ranges(r.Left), Nonce: r.Nonce, At: e.time(r.At)}, r.Extra)
 	case *alloc.Host:
 		return extra(&storepb.Host{
 			Name: r.Name, Incarnation: uint64(r.Incarnation), Nonce: r.Nonce, BootId: r.BootID,

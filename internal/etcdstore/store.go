@@ -186,7 +186,7 @@ func (s *Store) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error)
 // request is the etcd transaction of tx. It refuses here what etcd would refuse, where nothing was
 // sent yet and the answer cannot be lost.
 func (s *Store) request(tx alloc.Tx) (*pb.TxnRequest, error) {
-	if n := max(len(tx.Guards), len(tx.Put)+len(tx.Delete)); n > MaxTxnOps {
+	if n := max(len(tx.Guards), len(tx.Put)+len(tx.Delete)+len(tx.DeleteSpans)); n > MaxTxnOps {
 		return nil, tooLarge(fmt.Sprintf("%d operations, etcd takes %d", n, MaxTxnOps))
 	}
 	req := new(pb.TxnRequest)
@@ -225,10 +225,33 @@ func (s *Store) request(tx alloc.Tx) (*pb.TxnRequest, error) {
 		req.Success = append(req.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{
 			RequestDeleteRange: &pb.DeleteRangeRequest{Key: key}}})
 	}
+	for _, span := range tx.DeleteSpans {
+		for k := range seen {
+			if k.Kind == span.Kind && k.ID > span.After && k.ID <= span.Through {
+				return nil, invalid("key "+k.String(), "it stands twice in one transaction")
+			}
+		}
+		if span.Through <= span.After {
+			continue // etcd calls an empty range an error
+		}
+		first, _, err := s.keys.after(span.Kind, span.After)
+		if err != nil {
+			return nil, err
+		}
+		through, _, _ := s.keys.after(span.Kind, span.Through) // the first key that is not in the span
+		req.Success = append(req.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{
+			RequestDeleteRange: &pb.DeleteRangeRequest{Key: first, RangeEnd: through}}})
+	}
 	if n := proto.Size(req); n > MaxTxnBytes {
 		return nil, tooLarge(fmt.Sprintf("%d bytes, etcd takes %d", n, MaxTxnBytes))
 	}
 	return req, nil
+}
+
+// Token implements alloc.Store.
+func (s *Store) Token(rec alloc.Record) (alloc.Token, error) {
+	value, err := encode(rec)
+	return alloc.Token(value), err
 }
 
 func tooLarge(msg string) *alloc.Error {

@@ -87,7 +87,7 @@ func (s *Store) Watch(ctx context.Context, from alloc.Revision, apply func(alloc
 	if err != nil {
 		return watchError(ctx, err)
 	}
-	first, end := s.keys.all()
+	first, end := s.keys.watched()
 	// An error of Send is not the stream's; Recv has that one.
 	_ = stream.Send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{
 		Key: first, RangeEnd: end, StartRevision: int64(from) + 1, ProgressNotify: true, Fragment: true}}})

@@ -19,6 +19,8 @@ func newRecord(k alloc.Kind) alloc.Record {
 		return new(alloc.Pool)
 	case alloc.KindCounter:
 		return new(alloc.Counter)
+	case alloc.KindLane:
+		return new(alloc.Lane)
 	case alloc.KindHost:
 		return new(alloc.Host)
 	case alloc.KindSandbox:

@@ -170,6 +170,7 @@ func (s *Store) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error)
 type write struct {
 	guards  []alloc.Guard
 	changes []change
+	spans   []alloc.Span
 }
 
 // prepare encodes a transaction and refuses what no store takes.
@@ -205,9 +206,20 @@ func prepare(tx alloc.Tx) (write, error) {
 			return write{}, err
 		}
 	}
-	if len(w.guards) > maxOps || len(w.changes) > maxOps || size > maxBytes {
+	for _, span := range tx.DeleteSpans {
+		if !known(span.Kind) || singleton(span.Kind) {
+			return write{}, invalid("kind "+string(span.Kind), "it has no ids")
+		}
+		for k := range seen {
+			if k.Kind == span.Kind && k.ID > span.After && k.ID <= span.Through {
+				return write{}, invalid("key "+k.String(), "it stands twice in one transaction")
+			}
+		}
+		w.spans = append(w.spans, span)
+	}
+	if writes := len(w.changes) + len(w.spans); len(w.guards) > maxOps || writes > maxOps || size > maxBytes {
 		return write{}, &alloc.Error{Reason: alloc.ReasonTooLarge, Subject: "store transaction",
-			Msg: fmt.Sprintf("%d guards, %d writes, %d bytes; nothing was written", len(w.guards), len(w.changes), size), Fix: "split it"}
+			Msg: fmt.Sprintf("%d guards, %d writes, %d bytes; nothing was written", len(w.guards), writes, size), Fix: "split it"}
 	}
 	return w, nil
 }
@@ -220,8 +232,18 @@ func (s *Store) apply(w write) bool {
 			return false
 		}
 	}
+	changes := w.changes
+	for _, span := range w.spans {
+		if of := s.kinds[span.Kind]; of != nil {
+			for _, id := range of.ids {
+				if id > span.After && id <= span.Through {
+					changes = append(slices.Clip(changes), change{key: alloc.Key{Kind: span.Kind, ID: id}})
+				}
+			}
+		}
+	}
 	var did []change
-	for _, c := range w.changes {
+	for _, c := range changes {
 		if c.value == nil && s.value(c.key, now).value == nil {
 			continue // deleting what is not there is no change
 		}
@@ -244,6 +266,12 @@ func (s *Store) apply(w write) bool {
 	return true
 }
 
+// Token implements alloc.Store.
+func (s *Store) Token(rec alloc.Record) (alloc.Token, error) {
+	value, err := encode(rec)
+	return alloc.Token(value), err
+}
+
 // Watch implements alloc.Store.
 func (s *Store) Watch(ctx context.Context, from alloc.Revision, apply func(alloc.Revision, []alloc.Change)) error {
 	for {
@@ -261,6 +289,9 @@ func (s *Store) Watch(ctx context.Context, from alloc.Revision, apply func(alloc
 		for _, c := range news {
 			changes := make([]alloc.Change, 0, len(c.changes))
 			for _, ch := range c.changes {
+				if !ch.key.Kind.Watched() {
+					continue
+				}
 				out := alloc.Change{Key: ch.key, Revision: c.rev}
 				if ch.value != nil {
 					out.Token = alloc.Token(ch.value)

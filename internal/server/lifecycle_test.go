@@ -122,6 +122,7 @@ func (unreachable) List(context.Context, alloc.Kind, string, int, alloc.Revision
 	return nil, 0, errAway
 }
 func (unreachable) Commit(context.Context, alloc.Tx) (alloc.Revision, error) { return 0, errAway }
+func (unreachable) Token(alloc.Record) (alloc.Token, error)                  { return "", errAway }
 func (unreachable) Watch(ctx context.Context, _ alloc.Revision, _ func(alloc.Revision, []alloc.Change)) error {
 	return errAway
 }

@@ -57,7 +57,7 @@ const (
 	grace = 5 * time.Second
 	// sweepEvery is the pause between two sweeps of old request records.
 	sweepEvery = 30 * time.Second
-	sweepBatch = 100
+	sweepBatch = 1000
 )
 
 // Config is what a server needs. Store is all that it cannot do without.
@@ -204,6 +204,9 @@ func (s *Server) sweepRequests(ctx context.Context) error {
 }
 
 func (s *Server) sweepOnce(ctx context.Context) {
+	if _, err := s.service.SweepLanes(ctx); err != nil {
+		s.log.DebugContext(ctx, "the lanes of servers that are gone stay until the next sweep", "error", err)
+	}
 	for n := sweepBatch; n == sweepBatch && ctx.Err() == nil; {
 		var err error
 		if n, err = s.service.SweepRequests(ctx, sweepBatch); err != nil {

@@ -194,6 +194,8 @@ func (s *switched) Watch(ctx context.Context, from alloc.Revision, apply func(al
 	return s.store().Watch(ctx, from, apply)
 }
 
+func (s *switched) Token(rec alloc.Record) (alloc.Token, error) { return s.store().Token(rec) }
+
 func (s *switched) Sync(ctx context.Context) (alloc.Revision, error) { return s.store().Sync(ctx) }
 
 // TestIndex changes random records in an index and compares every answer with a plain search.

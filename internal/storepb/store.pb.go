@@ -5,10 +5,12 @@
 // source: store.proto
 
 // Package nsalloc.store.v1 is what the store keeps: one message a record, under
-// /nsalloc/1/POOL/KIND/ID. It is not an API; only internal/etcdstore reads and writes it.
+// /nsalloc/1/POOL/KIND/ID. It is not an API; only internal/etcdstore reads and writes it. The kinds that
+// change with every Allocate, and that no watch follows, stand under _KIND: before all others, so that one
+// range of keys has those others.
 //
 // How it may change. Field numbers and enum values are never used twice. A newer version may add
-// fields to the records (Pool, Counter, Host, Sandbox, OldStint, Checkpoint, Request, Aside) and to
+// fields to the records (Pool, Counter, Lane, Host, Sandbox, OldStint, Checkpoint, Request, Aside) and to
 // Policy, Claim, Binding and Stint: an older version keeps what it does not know there and writes it back. All
 // other messages are closed: they are identities and numbers that are compared as a whole, and never
 // grow; what belongs to them goes into the message around them. An older version refuses a record
@@ -690,6 +692,79 @@ func (x *Counter) GetNonce() string {
 	return ""
 }
 
+// Lane is what one lane of one server issues from, under _lane/ID.
+type Lane struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Random, 32 hex digits, for one life of the lane; the key repeats it.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// What it has not issued yet, used from the front.
+	Left []*Range `protobuf:"bytes,2,rep,name=left,proto3" json:"left,omitempty"`
+	// Random, drawn anew with every write.
+	Nonce string `protobuf:"bytes,3,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	// When it was written, by the server's clock: one that is old is of a server that is gone.
+	At            *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=at,proto3" json:"at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Lane) Reset() {
+	*x = Lane{}
+	mi := &file_store_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Lane) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Lane) ProtoMessage() {}
+
+func (x *Lane) ProtoReflect() protoreflect.Message {
+	mi := &file_store_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Lane.ProtoReflect.Descriptor instead.
+func (*Lane) Descriptor() ([]byte, []int) {
+	return file_store_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Lane) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Lane) GetLeft() []*Range {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
+func (x *Lane) GetNonce() string {
+	if x != nil {
+		return x.Nonce
+	}
+	return ""
+}
+
+func (x *Lane) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
 // Range is serials that follow each other. Closed.
 type Range struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -703,7 +778,7 @@ type Range struct {
 
 func (x *Range) Reset() {
 	*x = Range{}
-	mi := &file_store_proto_msgTypes[3]
+	mi := &file_store_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -715,7 +790,7 @@ func (x *Range) String() string {
 func (*Range) ProtoMessage() {}
 
 func (x *Range) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[3]
+	mi := &file_store_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -728,7 +803,7 @@ func (x *Range) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Range.ProtoReflect.Descriptor instead.
 func (*Range) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{3}
+	return file_store_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Range) GetFirst() uint64 {
@@ -763,7 +838,7 @@ type RequestMark struct {
 
 func (x *RequestMark) Reset() {
 	*x = RequestMark{}
-	mi := &file_store_proto_msgTypes[4]
+	mi := &file_store_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -775,7 +850,7 @@ func (x *RequestMark) String() string {
 func (*RequestMark) ProtoMessage() {}
 
 func (x *RequestMark) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[4]
+	mi := &file_store_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -788,7 +863,7 @@ func (x *RequestMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestMark.ProtoReflect.Descriptor instead.
 func (*RequestMark) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{4}
+	return file_store_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RequestMark) GetId() string {
@@ -832,7 +907,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_store_proto_msgTypes[5]
+	mi := &file_store_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -844,7 +919,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[5]
+	mi := &file_store_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -857,7 +932,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{5}
+	return file_store_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Host) GetName() string {
@@ -960,7 +1035,7 @@ type Sandbox struct {
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_store_proto_msgTypes[6]
+	mi := &file_store_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +1047,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[6]
+	mi := &file_store_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +1060,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{6}
+	return file_store_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Sandbox) GetSerial() uint64 {
@@ -1107,7 +1182,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_store_proto_msgTypes[7]
+	mi := &file_store_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1119,7 +1194,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[7]
+	mi := &file_store_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1132,7 +1207,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{7}
+	return file_store_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Binding) GetSerial() uint64 {
@@ -1194,7 +1269,7 @@ type KernelID struct {
 
 func (x *KernelID) Reset() {
 	*x = KernelID{}
-	mi := &file_store_proto_msgTypes[8]
+	mi := &file_store_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1206,7 +1281,7 @@ func (x *KernelID) String() string {
 func (*KernelID) ProtoMessage() {}
 
 func (x *KernelID) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[8]
+	mi := &file_store_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1219,7 +1294,7 @@ func (x *KernelID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelID.ProtoReflect.Descriptor instead.
 func (*KernelID) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{8}
+	return file_store_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *KernelID) GetBootId() string {
@@ -1275,7 +1350,7 @@ type Stint struct {
 
 func (x *Stint) Reset() {
 	*x = Stint{}
-	mi := &file_store_proto_msgTypes[9]
+	mi := &file_store_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1287,7 +1362,7 @@ func (x *Stint) String() string {
 func (*Stint) ProtoMessage() {}
 
 func (x *Stint) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[9]
+	mi := &file_store_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1300,7 +1375,7 @@ func (x *Stint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stint.ProtoReflect.Descriptor instead.
 func (*Stint) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{9}
+	return file_store_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Stint) GetHost() string {
@@ -1374,7 +1449,7 @@ type Claimant struct {
 
 func (x *Claimant) Reset() {
 	*x = Claimant{}
-	mi := &file_store_proto_msgTypes[10]
+	mi := &file_store_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1386,7 +1461,7 @@ func (x *Claimant) String() string {
 func (*Claimant) ProtoMessage() {}
 
 func (x *Claimant) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[10]
+	mi := &file_store_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1399,7 +1474,7 @@ func (x *Claimant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Claimant.ProtoReflect.Descriptor instead.
 func (*Claimant) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{10}
+	return file_store_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Claimant) GetHost() string {
@@ -1438,7 +1513,7 @@ type Claim struct {
 
 func (x *Claim) Reset() {
 	*x = Claim{}
-	mi := &file_store_proto_msgTypes[11]
+	mi := &file_store_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1450,7 +1525,7 @@ func (x *Claim) String() string {
 func (*Claim) ProtoMessage() {}
 
 func (x *Claim) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[11]
+	mi := &file_store_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1463,7 +1538,7 @@ func (x *Claim) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Claim.ProtoReflect.Descriptor instead.
 func (*Claim) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{11}
+	return file_store_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Claim) GetClaimant() *Claimant {
@@ -1500,7 +1575,7 @@ type Parent struct {
 
 func (x *Parent) Reset() {
 	*x = Parent{}
-	mi := &file_store_proto_msgTypes[12]
+	mi := &file_store_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1512,7 +1587,7 @@ func (x *Parent) String() string {
 func (*Parent) ProtoMessage() {}
 
 func (x *Parent) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[12]
+	mi := &file_store_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1525,7 +1600,7 @@ func (x *Parent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Parent.ProtoReflect.Descriptor instead.
 func (*Parent) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{12}
+	return file_store_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Parent) GetSandbox() uint64 {
@@ -1555,7 +1630,7 @@ type OldStint struct {
 
 func (x *OldStint) Reset() {
 	*x = OldStint{}
-	mi := &file_store_proto_msgTypes[13]
+	mi := &file_store_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1567,7 +1642,7 @@ func (x *OldStint) String() string {
 func (*OldStint) ProtoMessage() {}
 
 func (x *OldStint) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[13]
+	mi := &file_store_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1580,7 +1655,7 @@ func (x *OldStint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OldStint.ProtoReflect.Descriptor instead.
 func (*OldStint) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{13}
+	return file_store_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *OldStint) GetSandbox() uint64 {
@@ -1626,7 +1701,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_store_proto_msgTypes[14]
+	mi := &file_store_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1638,7 +1713,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[14]
+	mi := &file_store_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1651,7 +1726,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{14}
+	return file_store_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Checkpoint) GetSerial() uint64 {
@@ -1724,7 +1799,7 @@ func (x *Checkpoint) GetConsumed() *timestamppb.Timestamp {
 	return nil
 }
 
-// Request is the committed answer of an Allocate, under request/ID.
+// Request is the committed answer of an Allocate, under _request/ID.
 type Request struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The request's UUIDv7; the key repeats it.
@@ -1741,7 +1816,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_store_proto_msgTypes[15]
+	mi := &file_store_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1753,7 +1828,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[15]
+	mi := &file_store_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1766,7 +1841,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{15}
+	return file_store_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Request) GetId() string {
@@ -1821,7 +1896,7 @@ type Aside struct {
 
 func (x *Aside) Reset() {
 	*x = Aside{}
-	mi := &file_store_proto_msgTypes[16]
+	mi := &file_store_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1833,7 +1908,7 @@ func (x *Aside) String() string {
 func (*Aside) ProtoMessage() {}
 
 func (x *Aside) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[16]
+	mi := &file_store_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1846,7 +1921,7 @@ func (x *Aside) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Aside.ProtoReflect.Descriptor instead.
 func (*Aside) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{16}
+	return file_store_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Aside) GetRequest() string {
@@ -1921,7 +1996,12 @@ const file_store_proto_rawDesc = "" +
 	"generation\x18\x01 \x01(\rR\n" +
 	"generation\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\x06R\x04next\x12\x14\n" +
-	"\x05nonce\x18\x03 \x01(\tR\x05nonce\"3\n" +
+	"\x05nonce\x18\x03 \x01(\tR\x05nonce\"\x85\x01\n" +
+	"\x04Lane\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12+\n" +
+	"\x04left\x18\x02 \x03(\v2\x17.nsalloc.store.v1.RangeR\x04left\x12\x14\n" +
+	"\x05nonce\x18\x03 \x01(\tR\x05nonce\x12*\n" +
+	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"3\n" +
 	"\x05Range\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\x06R\x05first\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\"5\n" +
@@ -2087,7 +2167,7 @@ func file_store_proto_rawDescGZIP() []byte {
 }
 
 var file_store_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_store_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_store_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_store_proto_goTypes = []any{
 	(PoolState)(0),                // 0: nsalloc.store.v1.PoolState
 	(Action)(0),                   // 1: nsalloc.store.v1.Action
@@ -2099,23 +2179,24 @@ var file_store_proto_goTypes = []any{
 	(*Pool)(nil),                  // 7: nsalloc.store.v1.Pool
 	(*Policy)(nil),                // 8: nsalloc.store.v1.Policy
 	(*Counter)(nil),               // 9: nsalloc.store.v1.Counter
-	(*Range)(nil),                 // 10: nsalloc.store.v1.Range
-	(*RequestMark)(nil),           // 11: nsalloc.store.v1.RequestMark
-	(*Host)(nil),                  // 12: nsalloc.store.v1.Host
-	(*Sandbox)(nil),               // 13: nsalloc.store.v1.Sandbox
-	(*Binding)(nil),               // 14: nsalloc.store.v1.Binding
-	(*KernelID)(nil),              // 15: nsalloc.store.v1.KernelID
-	(*Stint)(nil),                 // 16: nsalloc.store.v1.Stint
-	(*Claimant)(nil),              // 17: nsalloc.store.v1.Claimant
-	(*Claim)(nil),                 // 18: nsalloc.store.v1.Claim
-	(*Parent)(nil),                // 19: nsalloc.store.v1.Parent
-	(*OldStint)(nil),              // 20: nsalloc.store.v1.OldStint
-	(*Checkpoint)(nil),            // 21: nsalloc.store.v1.Checkpoint
-	(*Request)(nil),               // 22: nsalloc.store.v1.Request
-	(*Aside)(nil),                 // 23: nsalloc.store.v1.Aside
-	nil,                           // 24: nsalloc.store.v1.Host.LabelsEntry
-	nil,                           // 25: nsalloc.store.v1.Sandbox.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
+	(*Lane)(nil),                  // 10: nsalloc.store.v1.Lane
+	(*Range)(nil),                 // 11: nsalloc.store.v1.Range
+	(*RequestMark)(nil),           // 12: nsalloc.store.v1.RequestMark
+	(*Host)(nil),                  // 13: nsalloc.store.v1.Host
+	(*Sandbox)(nil),               // 14: nsalloc.store.v1.Sandbox
+	(*Binding)(nil),               // 15: nsalloc.store.v1.Binding
+	(*KernelID)(nil),              // 16: nsalloc.store.v1.KernelID
+	(*Stint)(nil),                 // 17: nsalloc.store.v1.Stint
+	(*Claimant)(nil),              // 18: nsalloc.store.v1.Claimant
+	(*Claim)(nil),                 // 19: nsalloc.store.v1.Claim
+	(*Parent)(nil),                // 20: nsalloc.store.v1.Parent
+	(*OldStint)(nil),              // 21: nsalloc.store.v1.OldStint
+	(*Checkpoint)(nil),            // 22: nsalloc.store.v1.Checkpoint
+	(*Request)(nil),               // 23: nsalloc.store.v1.Request
+	(*Aside)(nil),                 // 24: nsalloc.store.v1.Aside
+	nil,                           // 25: nsalloc.store.v1.Host.LabelsEntry
+	nil,                           // 26: nsalloc.store.v1.Sandbox.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
 }
 var file_store_proto_depIdxs = []int32{
 	0,  // 0: nsalloc.store.v1.Pool.state:type_name -> nsalloc.store.v1.PoolState
@@ -2123,41 +2204,43 @@ var file_store_proto_depIdxs = []int32{
 	1,  // 2: nsalloc.store.v1.Policy.live:type_name -> nsalloc.store.v1.Action
 	1,  // 3: nsalloc.store.v1.Policy.over:type_name -> nsalloc.store.v1.Action
 	1,  // 4: nsalloc.store.v1.Policy.unknown:type_name -> nsalloc.store.v1.Action
-	10, // 5: nsalloc.store.v1.Host.granted:type_name -> nsalloc.store.v1.Range
-	24, // 6: nsalloc.store.v1.Host.labels:type_name -> nsalloc.store.v1.Host.LabelsEntry
-	26, // 7: nsalloc.store.v1.Host.hello:type_name -> google.protobuf.Timestamp
-	11, // 8: nsalloc.store.v1.Host.requests:type_name -> nsalloc.store.v1.RequestMark
-	2,  // 9: nsalloc.store.v1.Sandbox.state:type_name -> nsalloc.store.v1.SandboxState
-	14, // 10: nsalloc.store.v1.Sandbox.bindings:type_name -> nsalloc.store.v1.Binding
-	16, // 11: nsalloc.store.v1.Sandbox.stints:type_name -> nsalloc.store.v1.Stint
-	25, // 12: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
-	18, // 13: nsalloc.store.v1.Sandbox.claim:type_name -> nsalloc.store.v1.Claim
-	19, // 14: nsalloc.store.v1.Sandbox.parent:type_name -> nsalloc.store.v1.Parent
-	26, // 15: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
-	11, // 16: nsalloc.store.v1.Sandbox.requests:type_name -> nsalloc.store.v1.RequestMark
-	4,  // 17: nsalloc.store.v1.Binding.type:type_name -> nsalloc.store.v1.NamespaceType
-	15, // 18: nsalloc.store.v1.Binding.kernel:type_name -> nsalloc.store.v1.KernelID
-	26, // 19: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
-	26, // 20: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
-	26, // 21: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
-	26, // 22: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
-	5,  // 23: nsalloc.store.v1.Stint.began:type_name -> nsalloc.store.v1.StintBegan
-	6,  // 24: nsalloc.store.v1.Stint.over:type_name -> nsalloc.store.v1.StintOver
-	17, // 25: nsalloc.store.v1.Claim.claimant:type_name -> nsalloc.store.v1.Claimant
-	2,  // 26: nsalloc.store.v1.Claim.from:type_name -> nsalloc.store.v1.SandboxState
-	16, // 27: nsalloc.store.v1.OldStint.stint:type_name -> nsalloc.store.v1.Stint
-	3,  // 28: nsalloc.store.v1.Checkpoint.state:type_name -> nsalloc.store.v1.CheckpointState
-	17, // 29: nsalloc.store.v1.Checkpoint.claimant:type_name -> nsalloc.store.v1.Claimant
-	26, // 30: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
-	26, // 31: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
-	10, // 32: nsalloc.store.v1.Request.ranges:type_name -> nsalloc.store.v1.Range
-	26, // 33: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
-	26, // 34: nsalloc.store.v1.Aside.at:type_name -> google.protobuf.Timestamp
-	35, // [35:35] is the sub-list for method output_type
-	35, // [35:35] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	11, // 5: nsalloc.store.v1.Lane.left:type_name -> nsalloc.store.v1.Range
+	27, // 6: nsalloc.store.v1.Lane.at:type_name -> google.protobuf.Timestamp
+	11, // 7: nsalloc.store.v1.Host.granted:type_name -> nsalloc.store.v1.Range
+	25, // 8: nsalloc.store.v1.Host.labels:type_name -> nsalloc.store.v1.Host.LabelsEntry
+	27, // 9: nsalloc.store.v1.Host.hello:type_name -> google.protobuf.Timestamp
+	12, // 10: nsalloc.store.v1.Host.requests:type_name -> nsalloc.store.v1.RequestMark
+	2,  // 11: nsalloc.store.v1.Sandbox.state:type_name -> nsalloc.store.v1.SandboxState
+	15, // 12: nsalloc.store.v1.Sandbox.bindings:type_name -> nsalloc.store.v1.Binding
+	17, // 13: nsalloc.store.v1.Sandbox.stints:type_name -> nsalloc.store.v1.Stint
+	26, // 14: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
+	19, // 15: nsalloc.store.v1.Sandbox.claim:type_name -> nsalloc.store.v1.Claim
+	20, // 16: nsalloc.store.v1.Sandbox.parent:type_name -> nsalloc.store.v1.Parent
+	27, // 17: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
+	12, // 18: nsalloc.store.v1.Sandbox.requests:type_name -> nsalloc.store.v1.RequestMark
+	4,  // 19: nsalloc.store.v1.Binding.type:type_name -> nsalloc.store.v1.NamespaceType
+	16, // 20: nsalloc.store.v1.Binding.kernel:type_name -> nsalloc.store.v1.KernelID
+	27, // 21: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
+	27, // 22: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
+	27, // 23: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
+	27, // 24: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
+	5,  // 25: nsalloc.store.v1.Stint.began:type_name -> nsalloc.store.v1.StintBegan
+	6,  // 26: nsalloc.store.v1.Stint.over:type_name -> nsalloc.store.v1.StintOver
+	18, // 27: nsalloc.store.v1.Claim.claimant:type_name -> nsalloc.store.v1.Claimant
+	2,  // 28: nsalloc.store.v1.Claim.from:type_name -> nsalloc.store.v1.SandboxState
+	17, // 29: nsalloc.store.v1.OldStint.stint:type_name -> nsalloc.store.v1.Stint
+	3,  // 30: nsalloc.store.v1.Checkpoint.state:type_name -> nsalloc.store.v1.CheckpointState
+	18, // 31: nsalloc.store.v1.Checkpoint.claimant:type_name -> nsalloc.store.v1.Claimant
+	27, // 32: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
+	27, // 33: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
+	11, // 34: nsalloc.store.v1.Request.ranges:type_name -> nsalloc.store.v1.Range
+	27, // 35: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
+	27, // 36: nsalloc.store.v1.Aside.at:type_name -> google.protobuf.Timestamp
+	37, // [37:37] is the sub-list for method output_type
+	37, // [37:37] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_store_proto_init() }
@@ -2171,7 +2254,7 @@ func file_store_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_store_proto_rawDesc), len(file_store_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   19,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

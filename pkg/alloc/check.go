@@ -15,6 +15,7 @@ type Records struct {
 	Sandboxes   []*Sandbox
 	Checkpoints []*Checkpoint
 	Hosts       []*Host
+	Lanes       []*Lane
 	Requests    []*Request
 	OldStints   []*OldStint
 	// Unreadable are those that could not be understood; each Entry says why.
@@ -92,7 +93,7 @@ func (f Finding) first() int {
 		switch f.keys[0].Kind {
 		case KindCounter:
 			return 0
-		case KindHost:
+		case KindHost, KindLane:
 			return 1
 		}
 	}
@@ -401,6 +402,8 @@ func (c *checker) rank(k Key) int {
 			return 3
 		}
 		return 4
+	case KindLane:
+		return 5
 	}
-	return 5
+	return 6
 }

@@ -63,9 +63,18 @@ func spendable(r Records, h *Host) Ranges {
 	return h.in(r.Pool.Generation).Granted
 }
 
-// ranges proves that what hosts still hold, and what requests were answered, overlaps neither among
-// them nor with what is in use. What a host could spend is the host's to give up: the others have what
-// was issued already.
+// issuable are the ranges that a lane may still issue from, or all that it has where the generation is not
+// known.
+func issuable(r Records, l *Lane) Ranges {
+	if r.Pool == nil {
+		return l.Left
+	}
+	return l.Left.in(r.Pool.Generation)
+}
+
+// ranges proves that what hosts and lanes still hold, and what requests were answered, overlaps neither
+// among them nor with what is in use. What a host could spend is the host's to give up, and what a lane could
+// issue the lane's: the others have what was issued already.
 func (c *checker) ranges(r Records) {
 	var all []held
 	add := func(rs Ranges, about, who string, key Key) {
@@ -81,6 +90,9 @@ func (c *checker) ranges(r Records) {
 	for _, h := range r.Hosts {
 		add(spendable(r, h), "host "+h.Name, "host "+h.Name+", which may still spend it", h.Key())
 	}
+	for _, l := range r.Lanes {
+		add(issuable(r, l), "lane "+l.ID, "lane "+l.ID+", which may still issue it", l.Key())
+	}
 	for _, q := range r.Requests {
 		add(q.Ranges, "request "+q.ID, "request "+q.ID, q.Key())
 	}
@@ -89,9 +101,9 @@ func (c *checker) ranges(r Records) {
 	})
 	clash := func(a, b Key) remedy {
 		switch {
-		case a.Kind == KindHost && b.Kind != KindHost:
+		case holds(a) && !holds(b):
 			return by(fromOutside, a)
-		case b.Kind == KindHost && a.Kind != KindHost:
+		case holds(b) && !holds(a):
 			return by(fromOutside, b)
 		}
 		return c.either(fromOutside, a, b)
@@ -122,6 +134,9 @@ func (c *checker) ranges(r Records) {
 		}
 	}
 }
+
+// holds reports whether the record under a key has serials that nobody has got yet.
+func holds(k Key) bool { return k.Kind == KindHost || k.Kind == KindLane }
 
 // keptGenerations are those that no mend skips: a serial of one of them does not lift the pool's
 // generation above itself, but is put aside.
@@ -179,6 +194,13 @@ func (c *checker) counter(r Records) {
 		for _, x := range h.Granted {
 			if x.Valid() {
 				last(x.Last(), "host "+h.Name, "host "+h.Name, h.Key())
+			}
+		}
+	}
+	for _, l := range r.Lanes {
+		for _, x := range l.Left {
+			if x.Valid() {
+				last(x.Last(), "lane "+l.ID, "lane "+l.ID, l.Key())
 			}
 		}
 	}

@@ -186,8 +186,8 @@ func TestCounterNeverRepeatsAValue(t *testing.T) {
 		return entries
 	}
 	for name, issue := range map[string]func(ctx context.Context, id string) error{
-		"Allocate": func(ctx context.Context, id string) error {
-			_, err := p.Allocate(ctx, alloc.AllocateCommand{RequestID: id, Caller: "c", Count: 5})
+		"Allocate": func(ctx context.Context, id string) error { // of a server that has no lane yet
+			_, err := alloc.NewService(s, p.Clock.Now).Allocate(ctx, alloc.AllocateCommand{RequestID: id, Caller: "c", Count: 5})
 			return err
 		},
 		"Grant": func(ctx context.Context, id string) error {
@@ -203,7 +203,7 @@ func TestCounterNeverRepeatsAValue(t *testing.T) {
 		}
 		lost := read()[0]
 		if _, err := s.Commit(t.Context(), alloc.Tx{Put: []alloc.Record{snapshot[0].Record, snapshot[1].Record},
-			Delete: []alloc.Key{{Kind: alloc.KindRequest, ID: id}}}); err != nil {
+			Delete: []alloc.Key{{Kind: alloc.KindRequest, ID: id}}, DeleteSpans: []alloc.Span{{Kind: alloc.KindLane, Through: "g"}}}); err != nil {
 			t.Fatal(err)
 		}
 		if now := read()[0]; now.Token != snapshot[0].Token {

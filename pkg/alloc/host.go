@@ -3,7 +3,6 @@ package alloc
 import (
 	"fmt"
 	"regexp"
-	"slices"
 	"time"
 )
 
@@ -34,7 +33,7 @@ type Host struct {
 // are burned by the next write.
 func (h *Host) in(g Generation) *Host {
 	c := *h
-	c.Granted = slices.DeleteFunc(slices.Clone(h.Granted), func(r Range) bool { return r.First.Generation() != g })
+	c.Granted = h.Granted.in(g)
 	return &c
 }
 

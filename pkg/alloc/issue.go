@@ -4,15 +4,18 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
 const (
-	// maxBatch is how many Allocate calls share one transaction: each has a guard and a record, and
-	// etcd takes 128 operations.
-	maxBatch = 60
+	// maxBatch is how many Allocate calls share one transaction: each has a guard and a record. With the
+	// pool, the counter, the sweep's mark and the lane they fit etcd's 128 operations.
+	maxBatch = 120
 	// maxQueue bounds the calls that wait in one server.
 	maxQueue = 10_000
+	// maxLanes is how many transactions one server has under way for them at once.
+	maxLanes = 4
 	// issueTimeout bounds one shared transaction with its retries; it is not the callers' deadline,
 	// because they share it.
 	issueTimeout = 10 * time.Second
@@ -29,23 +32,33 @@ type AllocateCommand struct {
 type allocation struct {
 	cmd    AllocateCommand
 	digest Digest
-	ctx    context.Context // the caller's: a call that nobody waits for is not begun
+	ctx    context.Context // the caller's
+	turn   atomic.Int32
 	ranges Ranges
 	err    error
 	done   chan struct{}
 }
+
+// The turns of an allocation. Whoever moves it from waiting decides: a call that left before its turn was
+// not begun, and that is certain.
+const (
+	waiting int32 = iota
+	begun
+	left
+)
 
 func (a *allocation) answer(r Ranges, err error) {
 	a.ranges, a.err = r, err
 	close(a.done)
 }
 
-// Allocate issues serials. Calls that wait at the same time share one transaction.
+// Allocate issues serials. Calls that wait at the same time share one transaction. When maxQueue calls
+// wait, it waits for a place among them, until the caller's deadline.
 //
 // Committed when it returns: the serials are taken for ever, and for RequestLife any server answers
 // the same to the same request id. Errors: ErrInvalid, ErrRequestExpired, ErrRequestReused,
-// ErrExhausted (nothing was issued), ErrConflict, ErrUnavailable (nothing was issued, try again),
-// ErrUnknownOutcome (ask again with the same id).
+// ErrExhausted (no serials are left, or with RetryAfter: its turn did not come; nothing was issued),
+// ErrConflict, ErrUnavailable (nothing was issued, try again), ErrUnknownOutcome (ask again with the same id).
 func (s *Service) Allocate(ctx context.Context, cmd AllocateCommand) (Ranges, error) {
 	if cmd.Count == 0 || cmd.Count > MaxAllocate {
 		return nil, invalid("count", fmt.Sprintf("%d is not in 1..%d", cmd.Count, MaxAllocate))
@@ -61,198 +74,132 @@ func (s *Service) Allocate(ctx context.Context, cmd AllocateCommand) (Ranges, er
 		return nil, &Error{Reason: ReasonUnavailable, Subject: "request " + cmd.RequestID, Msg: "the caller had left already; nothing was issued", Err: err}
 	}
 	a := &allocation{cmd: cmd, digest: digest, ctx: ctx, done: make(chan struct{})}
-	if err := s.enqueue(a); err != nil {
-		return nil, err
+	select {
+	case s.queue <- a:
+	default:
+		select {
+		case s.queue <- a:
+		case <-ctx.Done():
+			return nil, a.late()
+		}
 	}
+	s.wake()
 	select {
 	case <-a.done:
 		return a.ranges, a.err
 	case <-ctx.Done():
-		select {
-		case <-a.done: // both: the answer says more
-			return a.ranges, a.err
-		default:
-		}
-		return nil, &Error{Reason: ReasonUnknownOutcome, Subject: "request " + cmd.RequestID, Msg: "the caller's deadline passed before the store answered",
-			Fix: "ask again with the same request id", Err: context.Cause(ctx)}
 	}
+	if a.turn.CompareAndSwap(waiting, left) {
+		return nil, a.late()
+	}
+	select {
+	case <-a.done: // both: the answer says more
+		return a.ranges, a.err
+	default:
+	}
+	return nil, &Error{Reason: ReasonUnknownOutcome, Subject: "request " + cmd.RequestID, Msg: "the caller's deadline passed before the store answered",
+		Fix: "ask again with the same request id", Err: context.Cause(ctx)}
 }
 
-func (s *Service) enqueue(a *allocation) error {
+// late is the answer to a call whose turn did not come.
+func (a *allocation) late() error {
+	return &Error{Reason: ReasonExhausted, Subject: "request " + a.cmd.RequestID, Msg: "the caller's deadline passed before its turn came; nothing was issued",
+		Fix: "try again", RetryAfter: retrySoon, Err: context.Cause(a.ctx)}
+}
+
+// wake has a lane drain the queue, if there is need of one. All lanes but one are at work only while more
+// waits than one transaction takes: where one is enough, two would make small transactions of large ones.
+func (s *Service) wake() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.queue) >= maxQueue {
-		return &Error{Reason: ReasonExhausted, Msg: fmt.Sprintf("%d calls wait in this server already", maxQueue), Fix: "try again", RetryAfter: retrySoon}
+	waits, idle := len(s.queue), len(s.idle)
+	if idle == 0 || waits <= maxBatch*s.waking || waits < maxBatch && idle < maxLanes {
+		return // lanes that have been woken, or one at work, will take them
 	}
-	s.queue = append(s.queue, a)
-	if !s.issuing {
-		s.issuing = true
-		go s.drain()
-	}
-	return nil
+	// The one that was at work last: the others keep what they have for when they are needed.
+	l := s.idle[idle-1]
+	s.idle = s.idle[:idle-1]
+	s.waking++
+	go s.drain(l)
 }
 
 // drain issues batches until nobody waits. What arrives while a transaction is under way makes the
 // next batch, so that batches grow with the load and no timer is needed.
-func (s *Service) drain() {
-	for {
-		s.mu.Lock()
-		n := min(len(s.queue), maxBatch)
-		if n == 0 {
-			s.queue, s.issuing = nil, false
-			s.mu.Unlock()
-			return
-		}
-		batch := append([]*allocation(nil), s.queue[:n]...)
-		s.queue = s.queue[n:]
-		s.mu.Unlock()
-		s.issue(batch)
+func (s *Service) drain(l *lane) {
+	batch := s.batch()
+	s.mu.Lock()
+	s.waking--
+	s.mu.Unlock()
+	for len(batch) > 0 {
+		s.issue(l, batch)
+		batch = s.batch()
 	}
+	s.mu.Lock()
+	s.idle = append(s.idle, l)
+	s.mu.Unlock()
+	s.wake() // what came since the last look saw this lane at work
 }
 
-// issue answers every call of a batch, once.
-func (s *Service) issue(batch []*allocation) {
-	// What the first call's context carries says for whom this is done; its end is not the batch's.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(batch[0].ctx), issueTimeout)
-	defer cancel()
-	open := make(map[string]*allocation, len(batch))
-	followers := map[string][]*allocation{} // the same id twice in one batch: one effect, the same answer
-	var order []*allocation
+// batch is the next calls whose callers still wait.
+func (s *Service) batch() []*allocation {
+	var batch []*allocation
+	for len(batch) < maxBatch {
+		select {
+		case a := <-s.queue:
+			if a.turn.CompareAndSwap(waiting, begun) {
+				batch = append(batch, a)
+			}
+		default:
+			return batch
+		}
+	}
+	return batch
+}
+
+// calls are the calls of one batch that have no answer yet.
+type calls struct {
+	open      map[string]*allocation
+	followers map[string][]*allocation // the same id twice in one batch: one effect, the same answer
+	order     []*allocation
+}
+
+func newCalls(batch []*allocation) *calls {
+	c := &calls{open: make(map[string]*allocation, len(batch)), followers: map[string][]*allocation{}}
 	for _, a := range batch {
-		switch first := open[a.cmd.RequestID]; {
-		case a.ctx.Err() != nil:
-			a.answer(nil, &Error{Reason: ReasonUnavailable, Msg: "the caller left before its turn; nothing was issued", Err: context.Cause(a.ctx)})
+		switch first := c.open[a.cmd.RequestID]; {
 		case first == nil:
-			open[a.cmd.RequestID], order = a, append(order, a)
+			c.open[a.cmd.RequestID], c.order = a, append(c.order, a)
 		case first.digest != a.digest:
 			a.answer(nil, sameBody(a.cmd.RequestID, first.digest, a.digest))
 		default:
-			followers[a.cmd.RequestID] = append(followers[a.cmd.RequestID], a)
+			c.followers[a.cmd.RequestID] = append(c.followers[a.cmd.RequestID], a)
 		}
 	}
-	answer := func(a *allocation, r Ranges, err error) {
-		delete(open, a.cmd.RequestID)
-		a.answer(r, err)
-		for _, f := range followers[a.cmd.RequestID] {
-			f.answer(slices.Clone(r), err)
-		}
-	}
-	release, err := s.holdCounter(ctx)
-	if err == nil {
-		err = s.issueTries(ctx, order, open, answer)
-		release()
-	}
-	for _, a := range order {
-		if open[a.cmd.RequestID] != nil {
-			answer(a, nil, err)
-		}
+	return c
+}
+
+func (c *calls) answer(a *allocation, r Ranges, err error) {
+	delete(c.open, a.cmd.RequestID)
+	a.answer(r, err)
+	for _, f := range c.followers[a.cmd.RequestID] {
+		f.answer(slices.Clone(r), err)
 	}
 }
 
-// issueTries commits the calls in open and answers those that got their serials. Guards exclude that
-// two tries both take effect: both need the counter at the value that they read, and change it. A try
-// after a lost one first looks for the request records of that one.
-func (s *Service) issueTries(ctx context.Context, order []*allocation, open map[string]*allocation, answer func(*allocation, Ranges, error)) error {
-	return settle(ctx, func() (bool, error) {
-		b, err := s.plan(ctx, order, open, answer)
-		if err != nil || len(b.grants) == 0 {
-			return false, err
-		}
-		if _, err = s.store.Commit(ctx, b.tx); err != nil {
-			return false, err
-		}
-		for a, r := range b.grants {
-			answer(a, r, nil)
-		}
-		return true, nil
-	})
+// waiting calls, in their order.
+func (c *calls) waiting() []*allocation {
+	c.order = slices.DeleteFunc(c.order, func(a *allocation) bool { return c.open[a.cmd.RequestID] == nil })
+	return c.order
 }
 
-// batchPlan is one transaction and who gets what when it commits.
-type batchPlan struct {
-	tx     Tx
-	grants map[*allocation]Ranges
-}
-
-func (s *Service) plan(ctx context.Context, order []*allocation, open map[string]*allocation, answer func(*allocation, Ranges, error)) (*batchPlan, error) {
-	keys := []Key{{Kind: KindPool}, {Kind: KindCounter}, {Kind: KindRequest, ID: sweptID}}
-	for _, a := range order {
-		if open[a.cmd.RequestID] != nil {
-			keys = append(keys, Key{Kind: KindRequest, ID: a.cmd.RequestID})
-		}
+// issue answers every call of a batch, once.
+func (s *Service) issue(l *lane, batch []*allocation) {
+	// What the first call's context carries says for whom this is done; its end is not the batch's.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(batch[0].ctx), issueTimeout)
+	defer cancel()
+	c := newCalls(batch)
+	err := settle(ctx, func() (bool, error) { return l.try(ctx, s, c) })
+	for _, a := range c.waiting() {
+		c.answer(a, nil, err)
 	}
-	entries, _, err := s.store.Get(ctx, keys...)
-	if err != nil {
-		return nil, err
-	}
-	// A request's record that cannot be read is that caller's trouble and nobody else's.
-	if err := readable(entries[:3]); err != nil {
-		return nil, err
-	}
-	counter, err := counterOf(entries)
-	if err != nil {
-		return nil, err
-	}
-	p := &batchPlan{grants: map[*allocation]Ranges{}}
-	p.tx.Guards = []Guard{{Key: entries[0].Key, Token: entries[0].Token}, {Key: entries[1].Key, Token: entries[1].Token}}
-	now := s.now()
-	for _, e := range entries[3:] {
-		a := open[e.Key.ID]
-		if e.Err != nil {
-			answer(a, nil, e.Err)
-			continue
-		}
-		if found, ok := e.Record.(*Request); ok {
-			if err := sameBody(found.ID, found.Digest, a.digest); err != nil {
-				answer(a, nil, err)
-			} else {
-				answer(a, found.Ranges, nil)
-			}
-			continue
-		}
-		if swept(entries[2], e.Key.ID) {
-			answer(a, nil, requestExpired(e.Key.ID))
-			continue
-		}
-		r, err := counter.take(a.cmd.Count)
-		if err != nil {
-			answer(a, nil, err)
-			continue
-		}
-		p.grants[a] = Ranges{r}
-		p.tx.Guards = append(p.tx.Guards, Guard{Key: e.Key})
-		p.tx.Put = append(p.tx.Put, &Request{ID: a.cmd.RequestID, Digest: a.digest, Ranges: Ranges{r}, At: now})
-	}
-	counter.Nonce = newNonce()
-	p.tx.Put = append(p.tx.Put, counter)
-	return p, nil
-}
-
-// counterOf reads pool and counter from the first two entries and refuses what must not be issued from.
-func counterOf(entries []Entry) (*Counter, error) {
-	pool, err := openPool(entries[0])
-	if err != nil {
-		return nil, err
-	}
-	c, ok := entries[1].Record.(*Counter)
-	if !ok || c.Generation != pool.Generation || c.Next == 0 {
-		return nil, &Error{Reason: ReasonMalformed, Subject: "pool " + pool.UUID,
-			Msg: fmt.Sprintf("its counter is missing or not of generation %d", pool.Generation),
-			Fix: "restore the store from a newer snapshot; nothing is issued from this one"}
-	}
-	counter := *c
-	return &counter, nil
-}
-
-// take moves the counter on. What it returns is issued only when the counter's record has committed.
-func (c *Counter) take(n uint64) (Range, error) {
-	if c.Next > MaxCounter || MaxCounter-c.Next+1 < n {
-		return Range{}, refuse(ReasonExhausted, fmt.Sprintf("generation %d", c.Generation), "%d serials are asked for, %d are left", n, MaxCounter-min(c.Next, MaxCounter+1)+1)
-	}
-	first, err := NewSerial(c.Generation, c.Next)
-	if err != nil {
-		return Range{}, err
-	}
-	c.Next += n
-	return Range{First: first, Count: n}, nil
 }

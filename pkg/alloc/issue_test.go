@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -88,7 +89,7 @@ func TestAllocateGathers(t *testing.T) {
 		if n := len(slices.Compact(slices.Clone(all))); n != len(all) {
 			t.Errorf("%d serials for %d", n, len(all))
 		}
-		if _, after := s.Ops(); after-before != 5 { // 1, and 199 by 60
+		if _, after := s.Ops(); after-before != 3 { // 1, and 199 by 120
 			t.Errorf("%d transactions for %d calls", after-before, calls)
 		}
 	})
@@ -121,7 +122,7 @@ func TestAllocateInOneBatch(t *testing.T) {
 		none := ask(t.Context(), p.Request(), 1)
 		leave()
 		synctest.Wait()
-		if !errors.Is(left.err, alloc.ErrUnknownOutcome) {
+		if !errors.Is(left.err, alloc.ErrExhausted) || !errors.Is(left.err, context.Canceled) {
 			t.Errorf("the caller who left got %v", left.err)
 		}
 		release()
@@ -165,18 +166,29 @@ func TestAllocateForNobody(t *testing.T) {
 	})
 }
 
+// TestAllocateQueueIsBounded: calls beyond the queue wait for a place in it, and are told so when their
+// deadline comes first. Nothing is issued to them, nor to those whose turn did not come.
 func TestAllocateQueueIsBounded(t *testing.T) {
 	bubble(t, func(t *testing.T, p *alloctest.Pool, s *held) {
 		release := s.hold()
 		ctx, cancel := context.WithCancel(t.Context())
-		var wg sync.WaitGroup
-		ask := func(i int) error {
+		ask := func(ctx context.Context, i int) error {
 			_, err := p.Allocate(ctx, alloc.AllocateCommand{RequestID: alloctest.RequestID(p.Clock.Now(), uint64(i)), Caller: "c", Count: 1})
 			return err
 		}
-		for i := range 10_001 { // one in its commit
+		// One is in its commit, and its lane holds the counter; the other lanes wait for that with a batch each,
+		// and 10,000 in the queue.
+		const all = 1 + 3*120 + 10_000
+		var wg sync.WaitGroup
+		var late, other atomic.Int32
+		for i := range all {
 			wg.Go(func() {
-				if err := ask(1000 + i); !errors.Is(err, alloc.ErrUnknownOutcome) {
+				switch err := ask(ctx, 1000+i); {
+				case errors.Is(err, alloc.ErrExhausted):
+					late.Add(1)
+				case errors.Is(err, alloc.ErrUnknownOutcome): // it had begun
+					other.Add(1)
+				default:
 					t.Error(err)
 				}
 			})
@@ -185,21 +197,128 @@ func TestAllocateQueueIsBounded(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		if err := ask(1); !errors.Is(err, alloc.ErrExhausted) {
+		short, end := context.WithTimeout(t.Context(), time.Second)
+		defer end()
+		var e *alloc.Error
+		if err := ask(short, 1); !errors.As(err, &e) || e.Reason != alloc.ReasonExhausted || e.RetryAfter == 0 || !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("one more: %v", err)
 		}
+		patient := make(chan error, 1)
+		go func() { patient <- ask(t.Context(), 2) }()
+		synctest.Wait()
 		cancel()
 		wg.Wait()
+		begun := int(other.Load())
+		if late.Load() < 10_000 || int(late.Load())+begun != all {
+			t.Errorf("%d were late, %d had begun", late.Load(), begun)
+		}
 		release()
+		if err := <-patient; err != nil {
+			t.Errorf("who waited for a place: %v", err)
+		}
 		synctest.Wait()
-		ctx = t.Context()
-		if err := ask(2); err != nil {
-			t.Errorf("afterwards: %v", err)
-		}
 		r, err := alloctest.Everything(t.Context(), s)
-		if err != nil || len(r.Requests) != 2 {
-			t.Errorf("%d requests were issued to callers who had left, %v", len(r.Requests)-2, err)
+		if err != nil || len(r.Requests) != begun+1 {
+			t.Errorf("%d requests have serials, %v", len(r.Requests), err)
 		}
+	})
+}
+
+// TestLaneNeverIssuesTwice: what is left of a lane's range is nobody's once its record is not the one that
+// it wrote last. A copy of the server was quicker, the record was swept, the store was put back: the lane begins
+// another range, and says so.
+func TestLaneNeverIssuesTwice(t *testing.T) {
+	for name, meanwhile := range map[string]struct {
+		put   func(now, before *alloc.Lane) alloc.Tx
+		swept bool
+	}{
+		"a copy was quicker": {put: func(now, _ *alloc.Lane) alloc.Tx {
+			theirs := *now
+			taken, rest, _ := now.Left.Take(5)
+			theirs.Left, theirs.Nonce = rest, "0123456789abcdef0123456789abcdef"
+			return alloc.Tx{Put: []alloc.Record{&theirs, &alloc.Request{ID: alloctest.RequestID(time.Now(), 999_999), Ranges: taken}}}
+		}},
+		// The same range, and nothing but the nonce tells.
+		"a copy came to the same": {put: func(now, _ *alloc.Lane) alloc.Tx {
+			theirs := *now
+			theirs.Nonce = "0123456789abcdef0123456789abcdef"
+			return alloc.Tx{Put: []alloc.Record{&theirs}}
+		}},
+		"it was swept":           {put: func(now, _ *alloc.Lane) alloc.Tx { return alloc.Tx{Delete: []alloc.Key{now.Key()}} }, swept: true},
+		"the store was put back": {put: func(_, before *alloc.Lane) alloc.Tx { return alloc.Tx{Put: []alloc.Record{before}} }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := memstore.New()
+			p := alloctest.NewPool(t, s, alloc.DefaultPolicy())
+			var lost []string
+			p.LaneLost = func(id string, swept bool) {
+				if lost = append(lost, id); swept != meanwhile.swept {
+					t.Errorf("lost, swept: %v", swept)
+				}
+			}
+			got := map[alloc.Serial]bool{}
+			allocate := func() {
+				t.Helper()
+				for _, x := range each(ok[alloc.Ranges](t)(p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 5}))) {
+					if got[x] {
+						t.Errorf("%s was issued twice", x)
+					}
+					got[x] = true
+				}
+			}
+			lane := func() *alloc.Lane { return everything(t, s).Lanes[0] }
+			allocate()
+			before := lane()
+			allocate()
+			allocate()
+			if len(everything(t, s).Lanes) != 1 || len(lost) > 0 {
+				t.Fatalf("more than one lane for one caller, or lost: %v", lost)
+			}
+			tx := meanwhile.put(lane(), before)
+			if _, err := s.Commit(t.Context(), tx); err != nil {
+				t.Fatal(err)
+			}
+			allocate()
+			allocate()
+			if len(lost) != 1 || lost[0] != before.ID {
+				t.Errorf("lost %v, want %s", lost, before.ID)
+			}
+			// What remains of the lost one is as Check would have it after it was swept.
+			if _, err := s.Commit(t.Context(), alloc.Tx{Delete: []alloc.Key{before.Key()}}); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+// TestLanesShareTheLoad: a second lane begins where more waits than one transaction takes.
+func TestLanesShareTheLoad(t *testing.T) {
+	bubble(t, func(t *testing.T, p *alloctest.Pool, s *held) {
+		var wg sync.WaitGroup
+		ask := func(n int) {
+			for range n {
+				cmd := alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 1}
+				wg.Go(func() {
+					if _, err := p.Allocate(t.Context(), cmd); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			synctest.Wait()
+		}
+		ask(1)
+		release := s.hold()
+		ask(1)
+		ask(119) // a batch less one
+		if n := len(everything(t, s).Lanes); n != 1 {
+			t.Errorf("%d lanes, and one is enough", n)
+		}
+		ask(121) // two batches in all
+		if n := len(everything(t, s).Lanes); n != 2 {
+			t.Errorf("%d lanes for two batches", n)
+		}
+		release()
+		wg.Wait()
 	})
 }
 

@@ -38,8 +38,9 @@ var mendKinds = map[Kind]string{
 	KindCheckpoint: "the checkpoint is put aside, and a sandbox that ran from it or is over forgets it. Its images restore no more as that sandbox: " + wayBack,
 	KindStint:      "the stint is put aside; the sandbox's history lacks it",
 	KindHost:       "what is left of the host's ranges is burned, and its agent gets new ones",
+	KindLane:       "what is left of the lane's range is burned, and its server takes another one",
 	KindRequest:    "the request is put aside; a retry of it, or of an older one that is not committed, is refused",
-	KindCounter:    "the pool goes into its next generation; what is left of all hosts' ranges is burned, and no serial changes",
+	KindCounter:    "the pool goes into its next generation; what is left of all ranges of hosts and lanes is burned, and no serial changes",
 }
 
 // MendCost says what mending an object of a kind costs; "" for a kind that cannot be mended.
@@ -92,7 +93,7 @@ const maxMendID = 512
 func (cmd MendCommand) validate() error {
 	switch {
 	case mendKinds[cmd.Kind] == "":
-		return invalid("kind", fmt.Sprintf("%.40q cannot be mended; there are: sandbox, checkpoint, stint, host, request, counter", cmd.Kind))
+		return invalid("kind", fmt.Sprintf("%.40q cannot be mended; there are: sandbox, checkpoint, stint, host, lane, request, counter", cmd.Kind))
 	case (cmd.Kind == KindCounter) != (cmd.ID == ""):
 		return invalid("id", "the counter has none, everything else has one")
 	}

@@ -85,8 +85,15 @@ func (r all) keepIssued(key Key, serials Ranges) error {
 		if s := x.Last(); again(r.Records, s) && !far(s, r.Pool.Generation) {
 			return first(Key{Kind: KindCounter}, fmt.Sprintf("the pool will issue serial %s of it again", s))
 		}
-		if key.Kind == KindHost {
+		if holds(key) {
 			continue // the others hold theirs by right, or are found themselves
+		}
+		for _, l := range r.Lanes {
+			for _, held := range issuable(r.Records, l) {
+				if held.Valid() && x.First <= held.Last() && held.First <= x.Last() {
+					return first(l.Key(), fmt.Sprintf("lane %s may issue serial %s of it", l.ID, max(x.First, held.First)))
+				}
+			}
 		}
 		for _, h := range r.Hosts {
 			for _, held := range spendable(r.Records, h) {
@@ -110,6 +117,13 @@ func (r all) moves(cmd MendCommand) ([]move, Ranges, error) {
 		return r.sandbox(cmd.ID)
 	case KindCheckpoint:
 		return r.checkpoint(cmd.ID)
+	case KindLane:
+		for _, l := range r.Lanes {
+			if l.Key() == cmd.key() {
+				return []move{{key: cmd.key()}}, nil, nil
+			}
+		}
+		return r.broken(cmd.key()), nil, nil
 	case KindStint:
 		for _, o := range r.OldStints {
 			if o.Key() == cmd.key() {
@@ -319,6 +333,11 @@ func (r all) nextGeneration() ([]move, Ranges, error) {
 	}
 	for _, h := range r.Hosts {
 		for _, x := range h.Granted {
+			see(x.First)
+		}
+	}
+	for _, l := range r.Lanes {
+		for _, x := range l.Left {
 			see(x.First)
 		}
 	}

@@ -84,6 +84,11 @@ func (rs Ranges) Spend(spent Ranges) (rest Ranges, ok bool) {
 	return rest, true
 }
 
+// in is those of generation g.
+func (rs Ranges) in(g Generation) Ranges {
+	return slices.DeleteFunc(slices.Clone(rs), func(r Range) bool { return r.First.Generation() != g })
+}
+
 // All yields every serial in order, for ranges of a size that is meant to be walked.
 func (rs Ranges) All() func(yield func(Serial) bool) {
 	return func(yield func(Serial) bool) {

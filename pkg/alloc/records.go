@@ -142,6 +142,8 @@ func (r *all) add(e Entry) {
 		r.Pool = rec
 	case *Counter:
 		r.Counter = rec
+	case *Lane:
+		r.Lanes = append(r.Lanes, rec)
 	case *Host:
 		r.Hosts = append(r.Hosts, rec)
 	case *Sandbox:

@@ -19,9 +19,15 @@ type Service struct {
 
 	checking chan struct{} // one slot, held by whoever reads all records
 
-	mu      sync.Mutex
-	queue   []*allocation // guarded by mu
-	issuing bool          // guarded by mu: a goroutine drains queue
+	// LaneLost is called when a lane's record was not the one that it wrote last: a copy of this server took
+	// its range, or the store was put back, or (swept) the lane was not used for long. Set it before the first
+	// call; it must not block.
+	LaneLost func(id string, swept bool)
+
+	queue  chan *allocation
+	mu     sync.Mutex
+	idle   []*lane // guarded by mu: nobody drains the queue with them
+	waking int     // guarded by mu: lanes that will look at the queue soon
 }
 
 // NewService makes the use cases over store. now is the clock that stamps records; nothing but those
@@ -30,7 +36,12 @@ func NewService(store Store, now func() time.Time) *Service {
 	if now == nil {
 		now = time.Now
 	}
-	return &Service{store: store, counter: make(chan struct{}, 1), checking: make(chan struct{}, 1), now: func() time.Time { return now().UTC().Round(0) }}
+	s := &Service{store: store, counter: make(chan struct{}, 1), checking: make(chan struct{}, 1), now: func() time.Time { return now().UTC().Round(0) },
+		queue: make(chan *allocation, maxQueue)}
+	for range maxLanes {
+		s.idle = append(s.idle, new(lane))
+	}
+	return s
 }
 
 // Mutation is what every change by a host carries.

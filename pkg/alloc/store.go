@@ -12,6 +12,7 @@ type Kind string
 const (
 	KindPool       Kind = "pool"       // id empty
 	KindCounter    Kind = "counter"    // id empty
+	KindLane       Kind = "lane"       // 32 hex digits
 	KindHost       Kind = "host"       // NAME
 	KindSandbox    Kind = "sandbox"    // SERIAL
 	KindStint      Kind = "stint"      // SERIAL/EPOCH, both as 16 hex digits
@@ -22,8 +23,12 @@ const (
 
 // Kinds are the kinds of records that there are many of, in the order in which they are read.
 func Kinds() []Kind {
-	return []Kind{KindHost, KindSandbox, KindStint, KindCheckpoint, KindRequest, KindAside}
+	return []Kind{KindHost, KindLane, KindSandbox, KindStint, KindCheckpoint, KindRequest, KindAside}
 }
+
+// Watched reports whether watches deliver the changes of records of a kind. They leave out those that every
+// Allocate changes: nobody follows them, and they would cost each server as much as issuing does.
+func (k Kind) Watched() bool { return k != KindLane && k != KindRequest }
 
 // Key names one record of one pool.
 type Key struct {
@@ -38,8 +43,8 @@ func (k Key) String() string {
 	return string(k.Kind) + "/" + k.ID
 }
 
-// Record is a value of the store: *Pool, *Counter, *Host, *Sandbox, *OldStint, *Checkpoint, *Request or
-// *Aside.
+// Record is a value of the store: *Pool, *Counter, *Lane, *Host, *Sandbox, *OldStint, *Checkpoint, *Request
+// or *Aside.
 type Record interface{ Key() Key }
 
 // Key is pool.
@@ -47,6 +52,9 @@ func (*Pool) Key() Key { return Key{Kind: KindPool} }
 
 // Key is counter.
 func (*Counter) Key() Key { return Key{Kind: KindCounter} }
+
+// Key is lane/ID.
+func (l *Lane) Key() Key { return Key{Kind: KindLane, ID: l.ID} }
 
 // Key is host/NAME.
 func (h *Host) Key() Key { return HostKey(h.Name) }
@@ -149,14 +157,21 @@ type Guard struct {
 	Token Token
 }
 
-// Tx is one transaction. A key stands at most once in Put and Delete together.
+// Tx is one transaction. A key stands at most once in Put, Delete and DeleteSpans together.
 type Tx struct {
-	Guards []Guard
-	Put    []Record
-	Delete []Key
+	Guards      []Guard
+	Put         []Record
+	Delete      []Key
+	DeleteSpans []Span
 }
 
-// Change is one committed write as a watch delivers it; Record is nil when the key was deleted, and
+// Span is the records of a kind with ids after After, up to and with Through.
+type Span struct {
+	Kind           Kind
+	After, Through string
+}
+
+// Change is one committed write of a watched kind, as a watch delivers it; Record is nil when the key was deleted, and
 // when the value cannot be understood: Err says why, and Owner whose it is, as in Entry.
 type Change struct {
 	Key      Key
@@ -199,8 +214,11 @@ type Store interface {
 	List(ctx context.Context, kind Kind, after string, limit int, at Revision) ([]Entry, Revision, error)
 	// Commit makes tx happen as a whole.
 	Commit(ctx context.Context, tx Tx) (Revision, error)
-	// Watch calls apply for the changes after revision from, in order, one call for all changes of one
-	// revision (an empty call only moves the revision on), until ctx ends or the stream breaks. It
+	// Token is the token that rec has once a transaction that puts it has committed, so that whoever wrote
+	// a record can guard it without reading it back. ErrInvalid for what cannot be stored.
+	Token(rec Record) (Token, error)
+	// Watch calls apply for the changes of watched kinds after revision from, in order, one call for all
+	// changes of one revision (an empty call only moves the revision on), until ctx ends or the stream breaks. It
 	// returns ErrConflict when from has been compacted (list again), ErrUnavailable when the store was
 	// lost (watch again from the last revision applied).
 	Watch(ctx context.Context, from Revision, apply func(rev Revision, changes []Change)) error

@@ -42,6 +42,9 @@ func TestStore(t *testing.T, factory func(t *testing.T) Planter) {
 		{"WatchReplays", testWatchReplays},
 		{"WatchEndsWithItsContext", testWatchEndsWithItsContext},
 		{"SyncMovesWatches", testSyncMovesWatches},
+		{"WatchLeavesOut", testWatchLeavesOut},
+		{"TokenOfWhatIsPut", testToken},
+		{"DeleteSpans", testDeleteSpans},
 		{"EndedContext", testEndedContext},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, factory(t)) })
@@ -71,6 +74,7 @@ func Records(t testing.TB) []alloc.Record {
 	return []alloc.Record{
 		&alloc.Pool{UUID: boot, Generation: 1, State: alloc.PoolOpen, Policy: alloc.DefaultPolicy(), Format: alloc.FormatVersion, Nonce: "n"},
 		&alloc.Counter{Generation: 1, Next: 7, Nonce: "n"},
+		&alloc.Lane{ID: "0123456789abcdef0123456789abcdef", Left: ranges, Nonce: "n", At: at},
 		&alloc.Host{Name: "a", Incarnation: 1<<48 + 1, Nonce: "n", BootID: boot, Granted: ranges,
 			Labels: map[string]string{"rack": "r1"}, Hello: at, Requests: marks},
 		&alloc.Sandbox{Serial: Serial(t, 1), State: alloc.StateClaimed, Owner: "b", Epoch: 1<<48 + 2,

@@ -46,6 +46,8 @@ func Everything(ctx context.Context, s alloc.Store) (r alloc.Records, err error)
 
 func with(r alloc.Records, rec alloc.Record) alloc.Records {
 	switch rec := rec.(type) {
+	case *alloc.Lane:
+		r.Lanes = append(r.Lanes, rec)
 	case *alloc.Host:
 		r.Hosts = append(r.Hosts, rec)
 	case *alloc.Sandbox:

@@ -139,7 +139,8 @@ func consumed(r *alloc.Records) *alloc.Checkpoint {
 func Corruptions() []Corruption {
 	const (
 		sandbox, checkpoint, stint = alloc.KindSandbox, alloc.KindCheckpoint, alloc.KindStint
-		host, request, counter     = alloc.KindHost, alloc.KindRequest, alloc.KindCounter
+		host, lane                 = alloc.KindHost, alloc.KindLane
+		request, counter           = alloc.KindRequest, alloc.KindCounter
 		nowhere                    = alloc.Serial(1<<48 | 9999)
 	)
 	type records = *alloc.Records
@@ -159,6 +160,10 @@ func Corruptions() []Corruption {
 		{"two requests got the same", "P1", request, func(r records) { r.Requests[0].Ranges = r.Requests[1].Ranges }},
 		{"a request got a host's", "P1", host, func(r records) { r.Requests[0].Ranges = r.Hosts[0].Granted }},
 		{"a request got what is in use", "P1", request, func(r records) { r.Requests[0].Ranges[0].First = r.Sandboxes[0].Serial - 1 }},
+		{"a lane can issue what is in use", "P1", lane, func(r records) { r.Lanes[0].Left[0].First = r.Sandboxes[0].Serial }},
+		{"a lane can issue a host's", "P1", lane, func(r records) { r.Lanes[0].Left = r.Hosts[0].Granted }},
+		{"a lane can issue what a request got", "P1", lane, func(r records) { r.Lanes[0].Left = r.Requests[0].Ranges }},
+		{"a lane's range that is none", "P1", lane, func(r records) { r.Lanes[0].Left[0].Count = 0 }},
 		{"the counter went back", "P1", counter, func(r records) { r.Counter.Next -= 5 }},
 		{"the counter went far back", "P1", counter, func(r records) { r.Counter.Next = 2 }},
 		{"the counter is at 0", "P1", counter, func(r records) { r.Counter.Next = 0 }},

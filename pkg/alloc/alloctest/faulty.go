@@ -59,11 +59,15 @@ func caller() (w write) {
 	frames := runtime.CallersFrames(pcs[:runtime.Callers(3, pcs[:])])
 	for {
 		f, more := frames.Next()
-		if _, in, ok := strings.Cut(f.Function, "/pkg/alloc.(*Service)."); ok {
+		_, in, ok := strings.Cut(f.Function, "/pkg/alloc.(*Service).")
+		if !ok {
+			_, _, ok = strings.Cut(f.Function, "/pkg/alloc.(*lane).")
+		}
+		if ok {
 			if w.file == "" {
 				w.file, w.line = f.File[strings.LastIndex(f.File, "/")+1:], f.Line
 			}
-			if name, _, _ := strings.Cut(in, "."); name[0] >= 'A' && name[0] <= 'Z' {
+			if name, _, _ := strings.Cut(in, "."); name != "" && name[0] >= 'A' && name[0] <= 'Z' {
 				w.useCase = name
 			}
 		}

@@ -1,6 +1,7 @@
 package alloctest
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -180,14 +181,33 @@ func (h *History) sandboxes() porcupine.Model {
 	}
 }
 
-// serials is a counter that only goes up; what was lost is burned.
+// serials is the set of those that were acknowledged: none twice. They come in no order, because each lane
+// issues from a range of its own. Only ranges that touch the same serials have to do with each other.
 func serials() porcupine.Model {
 	return porcupine.Model{
-		Init: func() any { return alloc.Serial(0) },
-		Step: func(state, _, output any) (bool, any) {
-			r := output.(alloc.Range)
-			return r.First > state.(alloc.Serial), r.Last()
+		Partition: func(ops []porcupine.Operation) (parts [][]porcupine.Operation) {
+			ops = slices.Clone(ops)
+			slices.SortFunc(ops, func(a, b porcupine.Operation) int {
+				return cmp.Compare(a.Output.(alloc.Range).First, b.Output.(alloc.Range).First)
+			})
+			var last alloc.Serial
+			for _, op := range ops {
+				r := op.Output.(alloc.Range)
+				if len(parts) == 0 || r.First > last {
+					parts = append(parts, nil)
+				}
+				parts[len(parts)-1] = append(parts[len(parts)-1], op)
+				last = max(last, r.Last())
+			}
+			return parts
 		},
+		Init: func() any { return alloc.Ranges(nil) },
+		Step: func(state, _, output any) (bool, any) {
+			r, before := output.(alloc.Range), state.(alloc.Ranges)
+			twice := slices.ContainsFunc(before, func(x alloc.Range) bool { return r.First <= x.Last() && x.First <= r.Last() })
+			return !twice, append(slices.Clip(before), r)
+		},
+		Equal:             func(a, b any) bool { return slices.Equal(a.(alloc.Ranges), b.(alloc.Ranges)) },
 		DescribeOperation: func(_, output any) string { return fmt.Sprint("issue -> ", output) },
 	}
 }

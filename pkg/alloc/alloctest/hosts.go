@@ -247,10 +247,12 @@ func (w *worker) allocate(ctx context.Context) error {
 	var got alloc.Ranges
 	answer, err := w.ask(ctx, func(ctx context.Context) (err error) { got, err = w.Allocate(ctx, cmd); return err })
 	if answer == Done && err == nil {
-		if len(got) != 1 || got.Count() != cmd.Count {
+		if got.Count() != cmd.Count {
 			return fmt.Errorf("asked for %d serials and got %v", cmd.Count, got)
 		}
-		w.h.c.issued(w.id, began, got[0])
+		for _, r := range got {
+			w.h.c.issued(w.id, began, r)
+		}
 	}
 	return err
 }

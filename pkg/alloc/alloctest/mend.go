@@ -24,7 +24,7 @@ func TestMend(t *testing.T, factory func(t *testing.T) Planter, corruptions []Co
 			l.mendAll(t, c.Promise, c.Mend, reads(changed))
 		})
 	}
-	for _, kind := range []alloc.Kind{alloc.KindCounter, alloc.KindHost, alloc.KindSandbox, alloc.KindStint, alloc.KindCheckpoint, alloc.KindRequest} {
+	for _, kind := range []alloc.Kind{alloc.KindCounter, alloc.KindHost, alloc.KindLane, alloc.KindSandbox, alloc.KindStint, alloc.KindCheckpoint, alloc.KindRequest} {
 		t.Run("unreadable-"+string(kind), func(t *testing.T) {
 			l := NewLively(t, factory(t))
 			r := everything(t, l.Store)
@@ -32,6 +32,8 @@ func TestMend(t *testing.T, factory func(t *testing.T) Planter, corruptions []Co
 			switch kind {
 			case alloc.KindHost:
 				key.ID = "a"
+			case alloc.KindLane:
+				key = r.Lanes[0].Key()
 			case alloc.KindSandbox:
 				key = in(&r, alloc.StateRunning).Key()
 			case alloc.KindStint:
@@ -75,6 +77,9 @@ func reads(r alloc.Records) map[alloc.Key]alloc.Record {
 	}
 	if r.Counter != nil {
 		m[r.Counter.Key()] = r.Counter
+	}
+	for _, x := range r.Lanes {
+		m[x.Key()] = x
 	}
 	for _, x := range r.Hosts {
 		m[x.Key()] = x

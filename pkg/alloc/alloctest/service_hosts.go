@@ -26,9 +26,21 @@ func testAllocate(t *testing.T, p *Pool) {
 	reused.Count = 6
 	_, err := other.Allocate(t.Context(), reused)
 	refused(t, err, alloc.ErrRequestReused)
-	next := must[alloc.Ranges](t)(other.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "client/c", Count: alloc.MaxAllocate}))
-	if next[0].First != first[0].Last()+1 || next.Count() != alloc.MaxAllocate {
-		t.Errorf("%v follows %v", next, first)
+	for range 2 {
+		next := must[alloc.Ranges](t)(p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "client/c", Count: 7}))
+		if next[0].First != first[0].Last()+1 || next.Count() != 7 { // nothing is burned while nothing is lost
+			t.Errorf("%v follows %v", next, first)
+		}
+		first = next
+	}
+	elsewhere := must[alloc.Ranges](t)(other.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "client/c", Count: alloc.MaxAllocate}))
+	if elsewhere[0].First <= first[0].Last() || elsewhere.Count() != alloc.MaxAllocate {
+		t.Errorf("%v after %v", elsewhere, first)
+	}
+	// What is left of a range and the next one make one answer.
+	much := must[alloc.Ranges](t)(p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "client/c", Count: alloc.MaxAllocate}))
+	if len(much) != 2 || much[0].First != first[0].Last()+1 || much[1].First <= elsewhere[0].Last() || much.Count() != alloc.MaxAllocate {
+		t.Errorf("%v after %v and %v", much, first, elsewhere)
 	}
 	for _, n := range []uint64{0, alloc.MaxAllocate + 1, 1<<64 - 1} {
 		_, err := p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Count: n})

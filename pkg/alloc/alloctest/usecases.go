@@ -133,7 +133,7 @@ func UseCases() []UseCase {
 			return func(ctx context.Context) (any, error) { return p.Release(ctx, cmd) }
 		}},
 	}
-	for _, kind := range []alloc.Kind{alloc.KindSandbox, alloc.KindHost, alloc.KindCounter, alloc.KindRequest, alloc.KindCheckpoint, alloc.KindStint} {
+	for _, kind := range []alloc.Kind{alloc.KindSandbox, alloc.KindHost, alloc.KindCounter, alloc.KindLane, alloc.KindRequest, alloc.KindCheckpoint, alloc.KindStint} {
 		list = append(list, UseCase{Name: "Mend " + string(kind), Prepare: func(t *testing.T, p *Pool) call {
 			a := p.Agent("a")
 			sb := a.Sandbox()
@@ -143,6 +143,13 @@ func UseCases() []UseCase {
 				id = "a"
 			case alloc.KindCounter:
 				id = ""
+			case alloc.KindLane:
+				must[alloc.Ranges](t)(p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 3}))
+				lanes, _, err := p.Store.List(t.Context(), alloc.KindLane, "", 1, 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				id = lanes[0].Key.ID
 			case alloc.KindRequest:
 				id = p.Request()
 				must[alloc.Ranges](t)(p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: id, Caller: "c", Count: 3}))

@@ -259,9 +259,9 @@ type MendRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// UUIDv7 that names this request.
 	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
-	// sandbox, checkpoint, stint, host, request or counter.
+	// sandbox, checkpoint, stint, host, lane, request or counter.
 	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
-	// The id within its kind: a serial as 16 hex digits, SERIAL/EPOCH, a name, a UUID; empty for counter.
+	// The id within its kind: a serial as 16 hex digits, SERIAL/EPOCH, a name, 32 hex digits, a UUID; empty for counter.
 	Id string `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`
 	// Also when Check finds nothing about the object.
 	Force         bool `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`

@@ -53,6 +53,7 @@ type RecordsClient interface {
 	//	stint       an old one, in a record of its own, is put aside.
 	//	host        what is left of the host's ranges is burned; its agent gets new ones and goes on. One that
 	//	            cannot be read begins anew under a higher incarnation, and its agent a new life.
+	//	lane        put aside: what is left of its range is burned, and its server takes another.
 	//	request     put aside. A retry of it is refused (REQUEST_EXPIRED), and so is every older request that is
 	//	            not committed.
 	//	counter     the pool goes into the generation after the highest that a serial in its records is of:
@@ -70,7 +71,7 @@ type RecordsClient interface {
 	//
 	// Errors: NOT_FOUND (RECORD_NOT_FOUND) when there is no such record; FAILED_PRECONDITION: NOTHING_TO_MEND
 	// when Check finds nothing about that object, unless force is set, and MEND_FIRST when something else has to
-	// be mended before, which the error names: no serial leaves the records that the pool, or a host, could
+	// be mended before, which the error names: no serial leaves the records that the pool, a host or a lane could
 	// still issue, and FORMAT_UNSUPPORTED when a newer version wrote the record, unless force is set;
 	// INVALID_ARGUMENT for a kind or an id that cannot be.
 	Mend(ctx context.Context, in *MendRequest, opts ...grpc.CallOption) (*MendResponse, error)
@@ -134,6 +135,7 @@ type RecordsServer interface {
 	//	stint       an old one, in a record of its own, is put aside.
 	//	host        what is left of the host's ranges is burned; its agent gets new ones and goes on. One that
 	//	            cannot be read begins anew under a higher incarnation, and its agent a new life.
+	//	lane        put aside: what is left of its range is burned, and its server takes another.
 	//	request     put aside. A retry of it is refused (REQUEST_EXPIRED), and so is every older request that is
 	//	            not committed.
 	//	counter     the pool goes into the generation after the highest that a serial in its records is of:
@@ -151,7 +153,7 @@ type RecordsServer interface {
 	//
 	// Errors: NOT_FOUND (RECORD_NOT_FOUND) when there is no such record; FAILED_PRECONDITION: NOTHING_TO_MEND
 	// when Check finds nothing about that object, unless force is set, and MEND_FIRST when something else has to
-	// be mended before, which the error names: no serial leaves the records that the pool, or a host, could
+	// be mended before, which the error names: no serial leaves the records that the pool, a host or a lane could
 	// still issue, and FORMAT_UNSUPPORTED when a newer version wrote the record, unless force is set;
 	// INVALID_ARGUMENT for a kind or an id that cannot be.
 	Mend(context.Context, *MendRequest) (*MendResponse, error)
