@@ -18,7 +18,10 @@ type planted struct{ *Store }
 
 // Plant implements alloctest.Planter, behind the store's back.
 func (s planted) Plant(ctx context.Context, key alloc.Key, value []byte) error {
-	_, err := s.client.etcd.Put(ctx, s.keys.prefix+key.String(), string(value))
+	at, err := s.keys.etcd(key)
+	if err == nil {
+		_, err = s.client.etcd.Put(ctx, string(at), string(value))
+	}
 	return err
 }
 
