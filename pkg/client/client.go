@@ -3,15 +3,16 @@
 //
 //	c, err := client.Dial("unix:///run/nsalloc/server.sock")
 //	...
-//	var got alloc.Ranges
-//	err = client.Retry(ctx, func(requestID string) error {
-//		got, err = c.Allocate(ctx, alloc.AllocateCommand{RequestID: requestID, Count: 5})
-//		return err
-//	})
+//	got, err := c.Serials(ctx, 5)
+//	...
+//	for serial := range got.All() {
+//		fmt.Println(serial)
+//	}
 //
-// A mutation is sent once. When its answer is lost the error is alloc.ErrUnknownOutcome, never a guess;
-// Retry asks again under the same request id until the outcome is known. Reads repeat by themselves for
-// a moment while the server is away.
+// Serials is all that most programs need: many goroutines may call it at once, and share requests. The
+// other mutations are as the servers have them. Each is sent once. When its answer is lost the error is
+// alloc.ErrUnknownOutcome, never a guess; Retry asks again under the same request id until the outcome is
+// known. Reads repeat by themselves for a moment while the server is away.
 package client
 
 import (
@@ -75,6 +76,7 @@ type Client struct {
 	handoff   nsallocv1.HandoffClient
 	hosts     nsallocv1.HostsClient
 	records   nsallocv1.RecordsClient
+	gather    gatherer
 }
 
 type options struct {
