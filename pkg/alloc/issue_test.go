@@ -275,6 +275,13 @@ func TestLaneNeverIssuesTwice(t *testing.T) {
 				t.Fatalf("more than one lane for one caller, or lost: %v", lost)
 			}
 			tx := meanwhile.put(lane(), before)
+			for _, rec := range tx.Put {
+				if theirs, ok := rec.(*alloc.Request); ok {
+					for _, x := range each(theirs.Ranges) {
+						got[x] = true
+					}
+				}
+			}
 			if _, err := s.Commit(t.Context(), tx); err != nil {
 				t.Fatal(err)
 			}
@@ -289,6 +296,29 @@ func TestLaneNeverIssuesTwice(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestSameRequestAtTwoServers: a request that is asked again elsewhere while it is on its way is one.
+func TestSameRequestAtTwoServers(t *testing.T) {
+	bubble(t, func(t *testing.T, p *alloctest.Pool, s *held) {
+		other := alloc.NewService(s, p.Clock.Now)
+		for _, server := range []*alloc.Service{p.Service, other} { // both have a lane, and need not read
+			ok[alloc.Ranges](t)(server.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 1}))
+		}
+		cmd := alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 3}
+		release := s.hold()
+		first := make(chan answered, 1)
+		go func() {
+			r, err := p.Allocate(t.Context(), cmd)
+			first <- answered{r, err}
+		}()
+		synctest.Wait()
+		second := ok[alloc.Ranges](t)(other.Allocate(t.Context(), cmd))
+		release()
+		if got := <-first; got.err != nil || !slices.Equal(got.ranges, second) {
+			t.Errorf("%v and %v, %v", second, got.ranges, got.err)
+		}
+	})
 }
 
 // TestLanesShareTheLoad: a second lane begins where more waits than one transaction takes.
