@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"time"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
@@ -14,12 +15,24 @@ type allocator struct {
 }
 
 func (s allocator) Allocate(ctx context.Context, req *nsallocv1.AllocateRequest) (*nsallocv1.AllocateResponse, error) {
+	ctx, cancel := early(ctx)
+	defer cancel()
 	ranges, err := s.service.Allocate(ctx, wire.AllocateCommand(req, caller(ctx).String()))
 	if err != nil {
 		return nil, err
 	}
 	s.metrics.serials.WithLabelValues("allocate").Add(float64(ranges.Count()))
 	return &nsallocv1.AllocateResponse{Ranges: wire.RangesToWire(ranges)}, nil
+}
+
+// early ends a moment before ctx does, so that a call whose turn did not come is told so, with when to try
+// again, before its caller gives up.
+func early(ctx context.Context) (context.Context, context.CancelFunc) {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithDeadline(ctx, deadline.Add(-min(time.Until(deadline)/10, 200*time.Millisecond)))
 }
 
 func (s allocator) GetPool(ctx context.Context, _ *nsallocv1.GetPoolRequest) (*nsallocv1.GetPoolResponse, error) {

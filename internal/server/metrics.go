@@ -26,6 +26,7 @@ type metrics struct {
 	commits  *prometheus.HistogramVec
 	panics   prometheus.Counter
 	swept    prometheus.Counter
+	lanes    *prometheus.CounterVec
 	up       prometheus.Gauge
 }
 
@@ -43,15 +44,26 @@ func newMetrics(r *prometheus.Registry, v *view) *metrics {
 			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 15)}, []string{"outcome"}),
 		panics: prometheus.NewCounter(prometheus.CounterOpts{Namespace: ns, Name: "panics_total", Help: "Handlers that panicked. Each one is a bug; the log has its stack."}),
 		swept:  prometheus.NewCounter(prometheus.CounterOpts{Namespace: ns, Name: "requests_swept_total", Help: "Records of old requests that were deleted."}),
-		up:     prometheus.NewGauge(prometheus.GaugeOpts{Namespace: ns, Name: "serving", Help: "1 while the store answers, the view keeps up and there is a pool."}),
+		lanes: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: ns, Name: "lanes_lost_total",
+			Help: "Lanes that this server lost, with the rest of their ranges: taken by a copy of this server or by a store that was put back, or swept because they were not used for long."}, []string{"why"}),
+		up: prometheus.NewGauge(prometheus.GaugeOpts{Namespace: ns, Name: "serving", Help: "1 while the store answers, the view keeps up and there is a pool."}),
 	}
-	r.MustRegister(m.grpc, m.serials, m.refusals, m.commits, m.panics, m.swept, m.up, viewCollector{v},
+	r.MustRegister(m.grpc, m.serials, m.refusals, m.commits, m.panics, m.swept, m.lanes, m.up, viewCollector{v},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	for _, why := range []string{laneTaken, laneSwept} {
+		m.lanes.WithLabelValues(why)
+	}
 	for _, outcome := range []string{"ok", string(alloc.ReasonConflict), string(alloc.ReasonUnknownOutcome), string(alloc.ReasonUnavailable)} {
 		m.commits.WithLabelValues(outcome) // a rate needs the zero
 	}
 	return m
 }
+
+// Why a lane was lost.
+const (
+	laneTaken = "taken"
+	laneSwept = "swept"
+)
 
 func (m *metrics) serving(yes bool) {
 	if yes {

@@ -112,6 +112,7 @@ func New(cfg Config) *Server {
 		store = mortal{store}
 	}
 	s.service = alloc.NewService(measured{store, s.metrics}, cfg.Now)
+	s.service.LaneLost = s.laneLost
 	s.grpc = grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeader),
@@ -201,6 +202,18 @@ func (s *Server) sweepRequests(ctx context.Context) error {
 		s.sweepOnce(ctx)
 	}
 	return nil
+}
+
+// laneLost tells of the one sign that a copy of this server is at work, or of a store that was put back.
+func (s *Server) laneLost(id string, swept bool) {
+	if swept {
+		s.metrics.lanes.WithLabelValues(laneSwept).Inc()
+		s.log.Info("a lane was not used for long and was swept; the next call begins another", "lane", id)
+		return
+	}
+	s.metrics.lanes.WithLabelValues(laneTaken).Inc()
+	s.log.Error("somebody else wrote this server's lane: another copy of this server is at work, or the store was put back to an older snapshot; "+
+		"it issues from a new range, and nothing was issued twice. If this machine was cloned, end one of the two", "lane", id)
 }
 
 func (s *Server) sweepOnce(ctx context.Context) {

@@ -1,0 +1,116 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nsalloc/nsalloc/internal/memstore"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client"
+)
+
+// TestLaneLost: an operator learns that a copy of a server is at work, and callers notice nothing.
+func TestLaneLost(t *testing.T) {
+	mem := memstore.New()
+	initPool(t, mem)
+	r := start(t, Config{Store: mem})
+	c := r.dial("")
+	got := map[alloc.Serial]bool{}
+	issue := func() {
+		t.Helper()
+		rs, err := c.Serials(t.Context(), 3)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for s := range rs.All() {
+			if got[s] {
+				t.Errorf("%s was issued twice", s)
+			}
+			got[s] = true
+		}
+	}
+	lane := func() *alloc.Lane {
+		entries, _, err := mem.List(t.Context(), alloc.KindLane, "", 10, 0)
+		if err != nil || len(entries) == 0 {
+			t.Fatal(entries, err)
+		}
+		return entries[0].Record.(*alloc.Lane)
+	}
+	issue()
+	theirs := *lane()
+	theirs.Nonce = "another copy's"
+	if _, err := mem.Commit(t.Context(), alloc.Tx{Put: []alloc.Record{&theirs}}); err != nil {
+		t.Fatal(err)
+	}
+	issue()
+	families, err := r.metrics.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lost := map[string]float64{}
+	for _, f := range families {
+		if f.GetName() == "nsalloc_lanes_lost_total" {
+			for _, m := range f.GetMetric() {
+				lost[m.GetLabel()[0].GetValue()] = m.GetCounter().GetValue()
+			}
+		}
+	}
+	if lost[laneTaken] != 1 || lost[laneSwept] != 0 || len(lost) != 2 {
+		t.Errorf("lanes lost: %v", lost)
+	}
+	if text := r.log.String(); !strings.Contains(text, theirs.ID) || !strings.Contains(text, "another copy of this server") {
+		t.Errorf("the log says %s", text)
+	}
+	if _, err := mem.Commit(t.Context(), alloc.Tx{Delete: []alloc.Key{theirs.Key()}}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// stuck is a store whose commits wait.
+type stuck struct {
+	*memstore.Store
+	entered, gate chan struct{}
+}
+
+func (s stuck) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error) {
+	select {
+	case s.entered <- struct{}{}:
+	default:
+	}
+	select {
+	case <-s.gate:
+		return s.Store.Commit(ctx, tx)
+	case <-ctx.Done():
+		return 0, &alloc.Error{Reason: alloc.ReasonUnknownOutcome, Err: ctx.Err()}
+	}
+}
+
+// TestTurnDoesNotCome: a caller whose turn does not come hears that nothing was issued, and when to try again,
+// before its own deadline.
+func TestTurnDoesNotCome(t *testing.T) {
+	mem := memstore.New()
+	initPool(t, mem)
+	st := stuck{mem, make(chan struct{}, 1), make(chan struct{})}
+	r := start(t, Config{Store: st})
+	c := r.dial("")
+	first := make(chan error, 1)
+	go func() {
+		_, err := c.Allocate(t.Context(), alloc.AllocateCommand{RequestID: client.NewRequestID(), Count: 1})
+		first <- err
+	}()
+	<-st.entered // the one lane that is at work is in its commit
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	_, err := c.Allocate(ctx, alloc.AllocateCommand{RequestID: client.NewRequestID(), Count: 1})
+	var e *alloc.Error
+	if !errors.As(err, &e) || e.Reason != alloc.ReasonExhausted || e.RetryAfter == 0 || !client.Again(err) || ctx.Err() != nil {
+		t.Errorf("%v", err)
+	}
+	close(st.gate)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+}
