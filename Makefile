@@ -27,7 +27,7 @@ STORE  := $(addsuffix /...,$(wildcard ./internal/etcd*))
 # command:package. What the test hosts need, internal/testhost installs by itself.
 NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables
 
-.PHONY: help build test demo deps lint generate check-generated unit store fuzz-short fuzz e2e kill-matrix mutants bench-hooks clean
+.PHONY: help build test demo deps lint generate check-generated unit store fuzz-short fuzz e2e kill-matrix faults mutants bench-hooks clean
 .PHONY: $(COMMANDS)
 
 help: ## print this list
@@ -180,6 +180,10 @@ kill-matrix: ## kill server, agents and hook at every point, 346 cells (as root)
 		exit 0
 	fi
 	NSALLOC_KILL_CELLS=$${NSALLOC_KILL_CELLS:-.} NSALLOC_BIN=$(CURDIR)/bin go test -count=1 -v -timeout 60m -run TestKillMatrix ./e2e
+
+# `make test` has ten seconds of it.
+faults: build ## 1,000 callers while servers and members of an etcd are killed, for a minute
+	@NSALLOC_FAULTS=$${NSALLOC_FAULTS:-60s} NSALLOC_BIN=$(CURDIR)/bin go test -count=1 -v -timeout 15m -run TestServersAndMembersKilled ./e2e
 
 bench-hooks: build ## what the hook adds to a migration, beside no script and /bin/true (as root)
 	@export NSALLOC_BIN=$(CURDIR)/bin
