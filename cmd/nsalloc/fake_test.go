@@ -47,6 +47,7 @@ func (f *fake) waits(ctx context.Context) {
 
 type records struct {
 	pool        *nsallocv1.Pool
+	level       *nsallocv1.PoolLevel
 	sandboxes   []*nsallocv1.Sandbox
 	checkpoints []*nsallocv1.Checkpoint
 	hosts       []*nsallocv1.Host
@@ -112,7 +113,7 @@ func page[T any](all []T, token string) ([]T, string) {
 }
 
 func (f *fake) GetPool(context.Context, *nsallocv1.GetPoolRequest) (*nsallocv1.GetPoolResponse, error) {
-	return &nsallocv1.GetPoolResponse{Pool: f.pool, Revision: 42}, nil
+	return &nsallocv1.GetPoolResponse{Pool: f.pool, Level: f.level, Revision: 42}, nil
 }
 
 func (f fakeSandboxes) Get(_ context.Context, r *nsallocv1.SandboxesGetRequest) (*nsallocv1.SandboxesGetResponse, error) {

@@ -5,8 +5,11 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"math"
 	"os"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -22,25 +25,25 @@ func (c *cli) poolCommand() *cobra.Command {
 func (c *cli) poolStatusCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "status",
-		Short:   "Show the pool's record: its generation, and whether it issues serials",
+		Short:   "Show the pool: whether it issues serials, and how many it has left",
 		Example: "  nsalloc pool status",
 		Args:    usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.withPool(cmd.Context(), func(ctx context.Context, p *client.Client) error {
-				pool, _, err := p.Pool(ctx)
+				found, err := p.PoolStatus(ctx)
 				if err != nil {
 					return err
 				}
-				if pool == nil {
+				if found.Pool == nil {
 					return errMissing("pool")
 				}
-				return c.printPool(poolView(pool))
+				return c.printPool(poolView(found.Pool, found.Level), found.Level)
 			})
 		},
 	}
 }
 
-func (c *cli) printPool(d poolDoc) error {
+func (c *cli) printPool(d poolDoc, l *alloc.Level) error {
 	f := fields{}
 	f.add("Pool", in(styleKey, d.UUID))
 	state := in(styleGood, d.State)
@@ -49,11 +52,42 @@ func (c *cli) printPool(d poolDoc) error {
 	}
 	f.add("State", state)
 	f.add("Generation", fmt.Sprintf("%d (serials begin with %04x)", d.Generation, d.Generation))
+	if l != nil {
+		c.addLevel(&f, *l)
+	}
 	f.add("Format", d.Format)
 	f.add("Policy", fmt.Sprintf("a second restore of a live sandbox: %s", d.Policy.Live))
 	f.add("", fmt.Sprintf("a copy of a sandbox that is over: %s", d.Policy.Over))
 	f.add("", fmt.Sprintf("images that nobody knows: %s", d.Policy.Unknown))
 	return c.print(answer{doc: d, names: []string{d.UUID}, lines: c.fieldText(f)})
+}
+
+// addLevel says how much is left, in words that need no arithmetic.
+func (c *cli) addLevel(f *fields, l alloc.Level) {
+	left := fmt.Sprintf("%s serials of this generation, and %d generations", thousands(l.Left), l.Generations)
+	if l.Left == 0 {
+		left = fmt.Sprintf("no serial of this generation, nothing is issued; %d generations: begin the next with nsalloc mend counter --force", l.Generations)
+	}
+	f.add("Left", left)
+	switch {
+	case l.Over == 0:
+	case l.Burn == 0:
+		f.add("Burn", "none in the last "+span(l.Over))
+	case l.RunsOut.IsZero():
+		f.add("Burn", fmt.Sprintf("%s a second in the last %s: more than 200 years are left", thousands(uint64(math.Ceil(l.Burn))), span(l.Over)))
+	default:
+		f.add("Burn", fmt.Sprintf("%s a second in the last %s: this generation is used up on %s, in %s",
+			thousands(uint64(math.Ceil(l.Burn))), span(l.Over), c.local(l.RunsOut).Format(time.DateOnly), span(l.RunsOut.Sub(c.now()))))
+	}
+}
+
+// thousands is a number with its digits in groups.
+func thousands(n uint64) string {
+	s := strconv.FormatUint(n, 10)
+	for i := len(s) - 3; i > 0; i -= 3 {
+		s = s[:i] + "," + s[i:]
+	}
+	return s
 }
 
 type poolFlags struct {
@@ -118,7 +152,7 @@ func (c *cli) poolInit(ctx context.Context, f poolFlags) error {
 	if err != nil {
 		return err
 	}
-	return c.printPool(poolView(pool))
+	return c.printPool(poolView(pool, nil), nil)
 }
 
 // store is how to reach the etcd.

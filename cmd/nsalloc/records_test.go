@@ -7,6 +7,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+	"github.com/nsalloc/nsalloc/pkg/client/wire"
 )
 
 // The recorded pool: a container that moved from host a to host b, a clone of it, one in transit, one
@@ -92,6 +94,8 @@ func recorded() records {
 	r := records{
 		pool: &nsallocv1.Pool{Uuid: "0d7d2f4e-5a51-4d0e-9a65-1c1b6f3f2d10", Generation: 1, State: nsallocv1.PoolState_POOL_STATE_OPEN, Format: 1,
 			Policy: &nsallocv1.Policy{Live: nsallocv1.PolicyAction_POLICY_ACTION_CLONE, Over: nsallocv1.PolicyAction_POLICY_ACTION_RESUME, Unknown: nsallocv1.PolicyAction_POLICY_ACTION_ADOPT}},
+		level: wire.LevelToWire(alloc.Level{Next: 1 << 46, Left: alloc.MaxCounter - 1<<46 + 1, Generations: 32766, Burn: 1.25e6, Over: 47 * time.Minute,
+			RunsOut: noon.Add(5*365*day + 3*time.Hour)}),
 		sandboxes: []*nsallocv1.Sandbox{hostA, moved, clone, transit, over},
 		checkpoints: []*nsallocv1.Checkpoint{
 			{Serial: serial(0x20), State: nsallocv1.CheckpointState_CHECKPOINT_STATE_CONSUMED, Sandbox: serial(0x10), Epoch: serial(1), Source: "a", RunId: runID, Digest: digest[:],

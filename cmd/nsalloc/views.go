@@ -106,6 +106,16 @@ type poolDoc struct {
 	State      string    `json:"state"`
 	Format     int       `json:"format"`
 	Policy     policyDoc `json:"policy"`
+	Level      *levelDoc `json:"level"` // null while the server cannot read the counter
+}
+
+// levelDoc is what a pool has left. Numbers of serials are up to 2^48, which JSON keeps.
+type levelDoc struct {
+	Left        uint64  `json:"serials_left"`
+	Generations int     `json:"generations_left"`
+	Burn        float64 `json:"burn_per_second"`
+	Over        float64 `json:"measured_seconds"`
+	RunsOut     *string `json:"runs_out"`
 }
 
 type policyDoc struct {
@@ -198,8 +208,13 @@ func liveView(n *nsallocv1.LiveNamespace) liveDoc {
 	return d
 }
 
-func poolView(p *alloc.Pool) poolDoc {
+func poolView(p *alloc.Pool, l *alloc.Level) poolDoc {
+	var level *levelDoc
+	if l != nil {
+		level = &levelDoc{Left: l.Left, Generations: l.Generations, Burn: l.Burn, Over: l.Over.Seconds(), RunsOut: rfc3339(l.RunsOut)}
+	}
 	return poolDoc{
+		Level: level,
 		UUID: p.UUID, Generation: uint64(p.Generation), State: string(p.State), Format: p.Format,
 		Policy: policyDoc{Live: string(p.Policy.Live), Over: string(p.Policy.Over), Unknown: string(p.Policy.Unknown)},
 	}

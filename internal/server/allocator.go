@@ -38,12 +38,16 @@ func early(ctx context.Context) (context.Context, context.CancelFunc) {
 func (s allocator) GetPool(ctx context.Context, _ *nsallocv1.GetPoolRequest) (*nsallocv1.GetPoolResponse, error) {
 	var pool *alloc.Pool
 	var unreadable uint64
+	var level *nsallocv1.PoolLevel
 	rev, err := s.view.read(ctx, false, func(ix *index) error {
+		if ix.counter != nil {
+			level = wire.LevelToWire(s.view.gauge.Level(ix.counter, s.view.now()))
+		}
 		pool, unreadable = ix.pool, uint64(len(ix.unreadable)) // not the pool itself, or there is no answer
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	return &nsallocv1.GetPoolResponse{Pool: wire.PoolToWire(pool), Revision: int64(rev), Unreadable: unreadable}, nil
+	return &nsallocv1.GetPoolResponse{Pool: wire.PoolToWire(pool), Revision: int64(rev), Unreadable: unreadable, Level: level}, nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -112,5 +113,49 @@ func TestTurnDoesNotCome(t *testing.T) {
 	close(st.gate)
 	if err := <-first; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestPoolLevel: what is left, and how fast it goes, as a client and as Prometheus see it.
+func TestPoolLevel(t *testing.T) {
+	mem := memstore.New()
+	initPool(t, mem)
+	r := start(t, Config{Store: mem})
+	began := time.Now()
+	var passed atomic.Int64
+	r.view.mu.Lock()
+	r.view.now = func() time.Time { return began.Add(time.Duration(passed.Load())) }
+	r.view.mu.Unlock()
+	c := r.dial("")
+	take := func(n uint64) client.PoolStatus {
+		t.Helper()
+		if _, err := c.Serials(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Sandbox(t.Context(), 1<<48+1, true); !errors.Is(err, alloc.ErrSerialNotFound) && !errors.Is(err, alloc.ErrSandboxNotFound) {
+			t.Fatal(err) // a linearizable read: the view has what was committed
+		}
+		s, err := c.PoolStatus(t.Context())
+		if err != nil || s.Level == nil || s.Pool.Generation != 1 {
+			t.Fatalf("%+v, %v", s, err)
+		}
+		return s
+	}
+	first := take(alloc.MaxAllocate)
+	if first.Level.Left != alloc.MaxCounter-first.Level.Next+1 || first.Level.Next <= alloc.MaxAllocate || first.Level.Generations != int(alloc.MaxGeneration)-1 {
+		t.Errorf("%+v", first.Level)
+	}
+	passed.Store(int64(1000 * time.Second))
+	second := take(alloc.MaxAllocate)
+	if l := second.Level; l.Over < 1000*time.Second || l.Burn < 900 || l.Burn > 1100*2 || l.Next <= first.Level.Next {
+		t.Errorf("%+v", l)
+	}
+	// Near the end of the generation.
+	if _, err := mem.Commit(t.Context(), alloc.Tx{Put: []alloc.Record{&alloc.Counter{Generation: 1, Next: alloc.MaxCounter - 99}}}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := c.Serials(t.Context(), alloc.MaxAllocate)
+	if !errors.Is(err, alloc.ErrExhausted) || !strings.Contains(err.Error(), "nsalloc mend counter --force") || client.Again(err) {
+		t.Errorf("no serials are left: %v", err)
 	}
 }

@@ -103,11 +103,14 @@ var (
 	descRecords  = prometheus.NewDesc("nsalloc_view_records", "Records in the view.", []string{"kind"}, nil)
 	descUnread   = prometheus.NewDesc("nsalloc_view_unreadable_records", "Records that cannot be read and are left out of the view; the log names them.", []string{"kind"}, nil)
 	descCounter  = prometheus.NewDesc("nsalloc_pool_counter", "The next free counter of the pool's generation.", nil, nil)
+	descLeft     = prometheus.NewDesc("nsalloc_pool_serials_left", "Serials of the pool's generation that nobody holds; nothing is issued at 0.", nil, nil)
+	descGensLeft = prometheus.NewDesc("nsalloc_pool_generations_left", "Generations that the pool can still begin.", nil, nil)
+	descBurn     = prometheus.NewDesc("nsalloc_pool_burn_per_second", "Serials a second that were taken from the pool's counter over the last hour, as far as this server saw it; what the ranges of servers and hosts hold counts.", nil, nil)
 	descGen      = prometheus.NewDesc("nsalloc_pool_generation", "The pool's generation.", nil, nil)
 )
 
 func (viewCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descLoaded, descRevision, descLag, descLoads, descRecords, descUnread, descCounter, descGen} {
+	for _, d := range []*prometheus.Desc{descLoaded, descRevision, descLag, descLoads, descRecords, descUnread, descCounter, descLeft, descGensLeft, descBurn, descGen} {
 		ch <- d
 	}
 }
@@ -134,7 +137,11 @@ func (c viewCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(descUnread, float64(c.v.ix.unread[kind]), string(kind))
 	}
 	if c.v.ix.counter != nil {
-		gauge(descCounter, float64(c.v.ix.counter.Next))
+		l := c.v.gauge.Level(c.v.ix.counter, c.v.now())
+		gauge(descCounter, float64(l.Next))
+		gauge(descLeft, float64(l.Left))
+		gauge(descGensLeft, float64(l.Generations))
+		gauge(descBurn, l.Burn)
 	}
 	if c.v.ix.pool != nil {
 		gauge(descGen, float64(c.v.ix.pool.Generation))

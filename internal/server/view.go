@@ -46,6 +46,9 @@ type view struct {
 
 	loads int // guarded by mu
 
+	gauge alloc.Gauge // guarded by mu
+	now   func() time.Time
+
 	told map[alloc.Key]string // run's: the records that cannot be read and were logged, with the error
 
 	newest atomic.Int64 // the highest revision that Sync has answered
@@ -55,7 +58,7 @@ type view struct {
 }
 
 func newView(store alloc.Store, log *slog.Logger) *view {
-	return &view{store: store, log: log, ix: newIndex(), told: map[alloc.Key]string{}, first: make(chan struct{}), changed: make(chan struct{}, 1)}
+	return &view{store: store, log: log, now: time.Now, ix: newIndex(), told: map[alloc.Key]string{}, first: make(chan struct{}), changed: make(chan struct{}, 1)}
 }
 
 var errBack = errors.New("the store answers from before what it has said: it was put back")
@@ -182,6 +185,7 @@ func (v *view) load(ctx context.Context) (alloc.Revision, error) {
 	}
 	v.mu.Lock()
 	v.ix, v.rev, v.loaded, v.trouble = ix, rev, true, nil
+	v.gaugeCounter()
 	v.loads++
 	v.wake()
 	once := v.loads == 1
@@ -218,6 +222,9 @@ func (v *view) apply(rev alloc.Revision, changes []alloc.Change) error {
 	v.mu.Lock()
 	for _, u := range updates {
 		v.ix.apply(u)
+		if u.key.Kind == alloc.KindCounter {
+			v.gaugeCounter()
+		}
 	}
 	v.rev = rev
 	v.wake()
@@ -227,6 +234,13 @@ func (v *view) apply(rev alloc.Revision, changes []alloc.Change) error {
 		v.poke()
 	}
 	return nil
+}
+
+// gaugeCounter notes how far the counter is. The caller holds mu.
+func (v *view) gaugeCounter() {
+	if v.ix.counter != nil {
+		v.gauge.See(v.ix.counter, v.now())
+	}
 }
 
 // wake lets those who wait for a revision look again. The caller holds mu.

@@ -122,7 +122,7 @@ func (l *lane) try(ctx context.Context, s *Service, c *calls) (bool, error) {
 	l.Lane, l.token, l.pending = next, token, nil
 	for i, a := range open {
 		if grants[i] == nil {
-			c.answer(a, nil, refuse(ReasonExhausted, fmt.Sprintf("generation %d", l.generation), "%d serials are asked for, and so many are not left", a.cmd.Count))
+			c.answer(a, nil, exhausted(l.generation, a.cmd.Count, next.Left.Count()))
 			continue
 		}
 		c.answer(a, grants[i], nil)
@@ -235,13 +235,19 @@ func counterOf(entries []Entry) (*Counter, error) {
 	return &counter, nil
 }
 
+// exhausted is the answer when a generation has no serials left.
+func exhausted(g Generation, n, left uint64) error {
+	return &Error{Reason: ReasonExhausted, Subject: fmt.Sprintf("generation %d", g), Msg: fmt.Sprintf("%d serials are asked for, %d are left", n, left),
+		Fix: "begin the next generation: nsalloc mend counter --force; nsalloc pool status says what is left"}
+}
+
 // left is how many serials the generation has left.
 func (c *Counter) left() uint64 { return MaxCounter + 1 - min(c.Next, MaxCounter+1) }
 
 // take moves the counter on. What it returns is issued only when the counter's record has committed.
 func (c *Counter) take(n uint64) (Range, error) {
 	if left := c.left(); left < n {
-		return Range{}, refuse(ReasonExhausted, fmt.Sprintf("generation %d", c.Generation), "%d serials are asked for, %d are left", n, left)
+		return Range{}, exhausted(c.Generation, n, left)
 	}
 	first, err := NewSerial(c.Generation, c.Next)
 	if err != nil {

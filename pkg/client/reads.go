@@ -22,6 +22,30 @@ type Found struct {
 	Revision   alloc.Revision
 }
 
+// PoolStatus is a pool with what it has left.
+type PoolStatus struct {
+	Pool *alloc.Pool
+	// Level is nil while the server cannot read the counter, and from servers before it.
+	Level *alloc.Level
+	// Unreadable is how many records the server cannot read.
+	Unreadable uint64
+	Revision   alloc.Revision
+}
+
+// PoolStatus reads the pool's record and what the pool has left.
+func (c *Client) PoolStatus(ctx context.Context) (PoolStatus, error) {
+	resp, err := c.allocator.GetPool(ctx, &nsallocv1.GetPoolRequest{})
+	if err != nil {
+		return PoolStatus{}, err
+	}
+	s := PoolStatus{Pool: wire.PoolFromWire(resp.GetPool()), Unreadable: resp.GetUnreadable(), Revision: alloc.Revision(resp.GetRevision())}
+	if resp.GetLevel() != nil {
+		l := wire.LevelFromWire(resp.GetLevel())
+		s.Level = &l
+	}
+	return s, nil
+}
+
 // Pool reads the pool's record.
 func (c *Client) Pool(ctx context.Context) (*alloc.Pool, alloc.Revision, error) {
 	resp, err := c.allocator.GetPool(ctx, &nsallocv1.GetPoolRequest{})

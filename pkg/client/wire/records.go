@@ -1,6 +1,9 @@
 package wire
 
 import (
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
@@ -280,6 +283,27 @@ func PoolToWire(p *alloc.Pool) *nsallocv1.Pool {
 			Unknown: policyActions.value(p.Policy.Unknown),
 		},
 	}
+}
+
+// LevelToWire converts what a pool has left.
+func LevelToWire(l alloc.Level) *nsallocv1.PoolLevel {
+	m := &nsallocv1.PoolLevel{Next: l.Next, Left: l.Left, Generations: uint32(max(l.Generations, 0)), Burn: l.Burn}
+	if l.Over > 0 {
+		m.Over = durationpb.New(l.Over)
+	}
+	if !l.RunsOut.IsZero() {
+		m.RunsOut = timestamppb.New(l.RunsOut)
+	}
+	return m
+}
+
+// LevelFromWire converts what a pool has left; the zero Level for nil.
+func LevelFromWire(m *nsallocv1.PoolLevel) alloc.Level {
+	l := alloc.Level{Next: m.GetNext(), Left: m.GetLeft(), Generations: int(m.GetGenerations()), Burn: m.GetBurn(), Over: m.GetOver().AsDuration()}
+	if m.GetRunsOut() != nil {
+		l.RunsOut = m.GetRunsOut().AsTime()
+	}
+	return l
 }
 
 // PoolFromWire converts the pool's record.

@@ -9,6 +9,8 @@ package nsallocv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -167,7 +169,9 @@ type GetPoolResponse struct {
 	// The store's revision that this answer reflects.
 	Revision int64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
 	// How many records of the pool, of any kind that is listed or the counter, this server cannot read: `nsalloc check` names them.
-	Unreadable    uint64 `protobuf:"varint,3,opt,name=unreadable,proto3" json:"unreadable,omitempty"`
+	Unreadable uint64 `protobuf:"varint,3,opt,name=unreadable,proto3" json:"unreadable,omitempty"`
+	// How much the pool has left; unset while this server cannot read its counter.
+	Level         *PoolLevel `protobuf:"bytes,4,opt,name=level,proto3" json:"level,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -223,25 +227,132 @@ func (x *GetPoolResponse) GetUnreadable() uint64 {
 	return 0
 }
 
+func (x *GetPoolResponse) GetLevel() *PoolLevel {
+	if x != nil {
+		return x.Level
+	}
+	return nil
+}
+
+// PoolLevel is how much a pool has left, and how fast that goes. What is taken by the ranges of servers
+// and hosts counts, whether it is used or not.
+type PoolLevel struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The next counter of the generation that nobody holds.
+	Next uint64 `protobuf:"fixed64,1,opt,name=next,proto3" json:"next,omitempty"`
+	// How many serials of the generation nobody holds; 0 when it is used up, and nothing more is issued in it.
+	Left uint64 `protobuf:"fixed64,2,opt,name=left,proto3" json:"left,omitempty"`
+	// How many generations the pool can still begin.
+	Generations uint32 `protobuf:"varint,3,opt,name=generations,proto3" json:"generations,omitempty"`
+	// How many serials a second were taken over the last `over`.
+	Burn float64 `protobuf:"fixed64,4,opt,name=burn,proto3" json:"burn,omitempty"`
+	// How long this server has looked, an hour at most; unset while there is nothing to tell.
+	Over *durationpb.Duration `protobuf:"bytes,5,opt,name=over,proto3" json:"over,omitempty"`
+	// When the generation is used up at that rate; unset when that is not within 200 years.
+	RunsOut       *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=runs_out,json=runsOut,proto3" json:"runs_out,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PoolLevel) Reset() {
+	*x = PoolLevel{}
+	mi := &file_nsalloc_v1_allocator_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PoolLevel) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PoolLevel) ProtoMessage() {}
+
+func (x *PoolLevel) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_allocator_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PoolLevel.ProtoReflect.Descriptor instead.
+func (*PoolLevel) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_allocator_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *PoolLevel) GetNext() uint64 {
+	if x != nil {
+		return x.Next
+	}
+	return 0
+}
+
+func (x *PoolLevel) GetLeft() uint64 {
+	if x != nil {
+		return x.Left
+	}
+	return 0
+}
+
+func (x *PoolLevel) GetGenerations() uint32 {
+	if x != nil {
+		return x.Generations
+	}
+	return 0
+}
+
+func (x *PoolLevel) GetBurn() float64 {
+	if x != nil {
+		return x.Burn
+	}
+	return 0
+}
+
+func (x *PoolLevel) GetOver() *durationpb.Duration {
+	if x != nil {
+		return x.Over
+	}
+	return nil
+}
+
+func (x *PoolLevel) GetRunsOut() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RunsOut
+	}
+	return nil
+}
+
 var File_nsalloc_v1_allocator_proto protoreflect.FileDescriptor
 
 const file_nsalloc_v1_allocator_proto_rawDesc = "" +
 	"\n" +
 	"\x1ansalloc/v1/allocator.proto\x12\n" +
-	"nsalloc.v1\x1a\x16nsalloc/v1/types.proto\"F\n" +
+	"nsalloc.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16nsalloc/v1/types.proto\"F\n" +
 	"\x0fAllocateRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\"=\n" +
 	"\x10AllocateResponse\x12)\n" +
 	"\x06ranges\x18\x01 \x03(\v2\x11.nsalloc.v1.RangeR\x06ranges\"\x10\n" +
-	"\x0eGetPoolRequest\"s\n" +
+	"\x0eGetPoolRequest\"\xa0\x01\n" +
 	"\x0fGetPoolResponse\x12$\n" +
 	"\x04pool\x18\x01 \x01(\v2\x10.nsalloc.v1.PoolR\x04pool\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x1e\n" +
 	"\n" +
 	"unreadable\x18\x03 \x01(\x04R\n" +
-	"unreadable2\x96\x01\n" +
+	"unreadable\x12+\n" +
+	"\x05level\x18\x04 \x01(\v2\x15.nsalloc.v1.PoolLevelR\x05level\"\xcf\x01\n" +
+	"\tPoolLevel\x12\x12\n" +
+	"\x04next\x18\x01 \x01(\x06R\x04next\x12\x12\n" +
+	"\x04left\x18\x02 \x01(\x06R\x04left\x12 \n" +
+	"\vgenerations\x18\x03 \x01(\rR\vgenerations\x12\x12\n" +
+	"\x04burn\x18\x04 \x01(\x01R\x04burn\x12-\n" +
+	"\x04over\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x04over\x125\n" +
+	"\bruns_out\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\arunsOut2\x96\x01\n" +
 	"\tAllocator\x12E\n" +
 	"\bAllocate\x12\x1b.nsalloc.v1.AllocateRequest\x1a\x1c.nsalloc.v1.AllocateResponse\x12B\n" +
 	"\aGetPool\x12\x1a.nsalloc.v1.GetPoolRequest\x1a\x1b.nsalloc.v1.GetPoolResponseB;Z9github.com/nsalloc/nsalloc/api/proto/nsalloc/v1;nsallocv1b\x06proto3"
@@ -258,27 +369,33 @@ func file_nsalloc_v1_allocator_proto_rawDescGZIP() []byte {
 	return file_nsalloc_v1_allocator_proto_rawDescData
 }
 
-var file_nsalloc_v1_allocator_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_nsalloc_v1_allocator_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_nsalloc_v1_allocator_proto_goTypes = []any{
-	(*AllocateRequest)(nil),  // 0: nsalloc.v1.AllocateRequest
-	(*AllocateResponse)(nil), // 1: nsalloc.v1.AllocateResponse
-	(*GetPoolRequest)(nil),   // 2: nsalloc.v1.GetPoolRequest
-	(*GetPoolResponse)(nil),  // 3: nsalloc.v1.GetPoolResponse
-	(*Range)(nil),            // 4: nsalloc.v1.Range
-	(*Pool)(nil),             // 5: nsalloc.v1.Pool
+	(*AllocateRequest)(nil),       // 0: nsalloc.v1.AllocateRequest
+	(*AllocateResponse)(nil),      // 1: nsalloc.v1.AllocateResponse
+	(*GetPoolRequest)(nil),        // 2: nsalloc.v1.GetPoolRequest
+	(*GetPoolResponse)(nil),       // 3: nsalloc.v1.GetPoolResponse
+	(*PoolLevel)(nil),             // 4: nsalloc.v1.PoolLevel
+	(*Range)(nil),                 // 5: nsalloc.v1.Range
+	(*Pool)(nil),                  // 6: nsalloc.v1.Pool
+	(*durationpb.Duration)(nil),   // 7: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
 }
 var file_nsalloc_v1_allocator_proto_depIdxs = []int32{
-	4, // 0: nsalloc.v1.AllocateResponse.ranges:type_name -> nsalloc.v1.Range
-	5, // 1: nsalloc.v1.GetPoolResponse.pool:type_name -> nsalloc.v1.Pool
-	0, // 2: nsalloc.v1.Allocator.Allocate:input_type -> nsalloc.v1.AllocateRequest
-	2, // 3: nsalloc.v1.Allocator.GetPool:input_type -> nsalloc.v1.GetPoolRequest
-	1, // 4: nsalloc.v1.Allocator.Allocate:output_type -> nsalloc.v1.AllocateResponse
-	3, // 5: nsalloc.v1.Allocator.GetPool:output_type -> nsalloc.v1.GetPoolResponse
-	4, // [4:6] is the sub-list for method output_type
-	2, // [2:4] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	5, // 0: nsalloc.v1.AllocateResponse.ranges:type_name -> nsalloc.v1.Range
+	6, // 1: nsalloc.v1.GetPoolResponse.pool:type_name -> nsalloc.v1.Pool
+	4, // 2: nsalloc.v1.GetPoolResponse.level:type_name -> nsalloc.v1.PoolLevel
+	7, // 3: nsalloc.v1.PoolLevel.over:type_name -> google.protobuf.Duration
+	8, // 4: nsalloc.v1.PoolLevel.runs_out:type_name -> google.protobuf.Timestamp
+	0, // 5: nsalloc.v1.Allocator.Allocate:input_type -> nsalloc.v1.AllocateRequest
+	2, // 6: nsalloc.v1.Allocator.GetPool:input_type -> nsalloc.v1.GetPoolRequest
+	1, // 7: nsalloc.v1.Allocator.Allocate:output_type -> nsalloc.v1.AllocateResponse
+	3, // 8: nsalloc.v1.Allocator.GetPool:output_type -> nsalloc.v1.GetPoolResponse
+	7, // [7:9] is the sub-list for method output_type
+	5, // [5:7] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_nsalloc_v1_allocator_proto_init() }
@@ -293,7 +410,7 @@ func file_nsalloc_v1_allocator_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nsalloc_v1_allocator_proto_rawDesc), len(file_nsalloc_v1_allocator_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
