@@ -215,7 +215,7 @@ func poolView(p *alloc.Pool, l *alloc.Level) poolDoc {
 	}
 	return poolDoc{
 		Level: level,
-		UUID: p.UUID, Generation: uint64(p.Generation), State: string(p.State), Format: p.Format,
+		UUID:  p.UUID, Generation: uint64(p.Generation), State: string(p.State), Format: p.Format,
 		Policy: policyDoc{Live: string(p.Policy.Live), Over: string(p.Policy.Over), Unknown: string(p.Policy.Unknown)},
 	}
 }
