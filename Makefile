@@ -27,7 +27,7 @@ STORE  := $(addsuffix /...,$(wildcard ./internal/etcd*))
 # command:package. What the test hosts need, internal/testhost installs by itself.
 NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables
 
-.PHONY: help build test demo deps lint generate check-generated unit store fuzz-short fuzz e2e kill-matrix faults mutants bench-hooks clean
+.PHONY: help build test demo deps lint generate check-generated unit store fuzz-short fuzz e2e kill-matrix faults mutants bench bench-deps bench-hooks clean
 .PHONY: $(COMMANDS)
 
 help: ## print this list
@@ -184,6 +184,24 @@ kill-matrix: ## kill server, agents and hook at every point, 346 cells (as root)
 # `make test` has ten seconds of it.
 faults: build ## 1,000 callers while servers and members of an etcd are killed, for a minute
 	@NSALLOC_FAULTS=$${NSALLOC_FAULTS:-60s} NSALLOC_BIN=$(CURDIR)/bin go test -count=1 -v -timeout 15m -run TestServersAndMembersKilled ./e2e
+
+# BENCH is flags: `make bench BENCH='-rows ^nsalloc -rounds 2'`; with -out '' the page stays as it is.
+bench: nsalloc-server ## speed beside etcd, gRPC, Redis and PostgreSQL in the same run, into docs/bench
+	@go run ./internal/bench $(BENCH)
+
+# The bench runs instances of its own; what Debian would start by itself stays off.
+bench-deps: ## install Redis and PostgreSQL from Debian, for bench (as root)
+	@missing=
+	command -v redis-server >/dev/null || missing+=" redis-server"
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing+=" postgresql"
+	test -n "$$missing" || { echo "bench-deps: nothing missing"; exit 0; }
+	if [[ $$missing = *postgresql* && ! -e /etc/postgresql-common ]]; then
+		mkdir -p /etc/postgresql-common
+		echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.conf
+	fi
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing
+	if [[ $$missing = *redis* && -d /run/systemd/system ]]; then systemctl disable --now redis-server; fi
 
 bench-hooks: build ## what the hook adds to a migration, beside no script and /bin/true (as root)
 	@export NSALLOC_BIN=$(CURDIR)/bin
