@@ -94,7 +94,8 @@ func openUnary(_ context.Context, j job) ([]asker, error) {
 			if err != nil {
 				return 0, err
 			}
-			return resp.GetRanges()[0].GetCount(), nil
+			_, err = firstOf(resp, req)
+			return 1, err
 		}, nil
 	})
 }
@@ -134,8 +135,17 @@ func openStream(ctx context.Context, j job) ([]asker, error) {
 		if err := stream.RecvMsg(resp); err != nil {
 			return 0, err
 		}
-		return resp.GetRanges()[0].GetFirst(), nil
+		return firstOf(resp, req)
 	})
+}
+
+// firstOf is the first id of an echo's answer.
+func firstOf(resp *nsallocv1.AllocateResponse, req *nsallocv1.AllocateRequest) (uint64, error) {
+	r := resp.GetRanges()
+	if len(r) != 1 || r[0].GetCount() != req.GetCount() {
+		return 0, fmt.Errorf("%d were asked for, the answer is %v", req.GetCount(), r)
+	}
+	return r[0].GetFirst(), nil
 }
 
 // adds is how many atomic adds are one call: a clock read for each would be what is measured.

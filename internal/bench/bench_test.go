@@ -23,7 +23,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// TestSmoke runs our rows, and those of ours' limits, for a moment: real server, real etcd.
+// TestSmoke runs the rows that targets name for a moment: real server, real etcd.
 func TestSmoke(t *testing.T) {
 	server := filepath.Join(t.TempDir(), "nsalloc-server")
 	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-o", server, "../../cmd/nsalloc-server")
@@ -31,13 +31,17 @@ func TestSmoke(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	o := options{match: regexp.MustCompile(`^(nsalloc|echo|stream|register|etcd-register)/|^(etcd-counter|etcd-put|etcd-owner)/1`),
+	rows := []string{"nsalloc/16-processes", "etcd-owner/128-shared"}
+	for _, v := range targets {
+		rows = append(rows, v.ours, v.other)
+	}
+	o := options{match: regexp.MustCompile("^(" + strings.Join(rows, "|") + ")$"),
 		rounds: 1, warm: 20 * time.Millisecond, time: 50 * time.Millisecond, dir: "/var/tmp", server: server}
 	res, err := run(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(res.rows) < 15 {
+	if len(res.rows) < 12 {
 		t.Fatalf("%d rows", len(res.rows))
 	}
 	for _, r := range res.rows {

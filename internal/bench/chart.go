@@ -47,7 +47,7 @@ func (res *results) chart() string {
 			y += chartHead
 		}
 		class := "o"
-		if r.on == "nsalloc" {
+		if strings.HasPrefix(r.on, "nsalloc") {
 			class = "n"
 		}
 		figure, end := count(s.median), at(s.median)

@@ -9,6 +9,8 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"runtime/pprof"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,6 +25,7 @@ type job struct {
 	Shared  bool          `json:"shared"`
 	Name    string        `json:"name"` // of this process, in one row of one run
 	Time    time.Duration `json:"time"`
+	Profile string        `json:"profile,omitempty"` // a file for its own CPU profile of that time
 	// Like is the transaction of a registration, for those who do the same without us.
 	Like *transaction `json:"like,omitempty"`
 }
@@ -60,6 +63,9 @@ func measure(ctx context.Context, o options, r row, s *system) (t trial, err err
 	}()
 	for i := range n {
 		j := job{Ask: r.ask, Callers: r.load.Callers / n, Shared: r.load.Shared, Name: fmt.Sprintf("%s-%d", r.what, i), Time: o.time}
+		if o.profile != "" {
+			j.Profile = filepath.Join(o.profile, fmt.Sprintf("%s-%s-%d.pprof", r.what, r.load, i))
+		}
 		if s != nil {
 			j.Address, j.Like = s.address, s.like
 		}
@@ -224,6 +230,17 @@ func callersRole() error {
 	fmt.Println("ready")
 	if _, err := in.ReadString('\n'); err != nil {
 		return errors.New("the bench is gone")
+	}
+	if j.Profile != "" {
+		f, err := os.Create(j.Profile)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return err
+		}
+		defer pprof.StopCPUProfile()
 	}
 	began := time.Now()
 	phase.Store(measuring)

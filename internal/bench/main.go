@@ -44,6 +44,8 @@ type options struct {
 	dir    string        // on the disk that is measured
 	server string        // nsalloc-server
 	out    string        // "" writes nothing
+	// profile is a directory for CPU profiles of the callers; "" for none.
+	profile string
 }
 
 func main() {
@@ -59,6 +61,7 @@ func main() {
 	flag.StringVar(&o.dir, "dir", "/var/tmp", "`DIR` for the data of all servers, on a real disk")
 	flag.StringVar(&o.server, "server", "bin/nsalloc-server", "the server, a `FILE`")
 	flag.StringVar(&o.out, "out", "docs/bench", "`DIR` for README.md and the chart; '' writes none")
+	flag.StringVar(&o.profile, "profile", "", "`DIR` for CPU profiles of the callers, a file a row and process (of the last round)")
 	flag.Parse()
 	var err error
 	if o.match, err = regexp.Compile(*rows); err != nil || flag.NArg() > 0 || o.rounds < 1 || o.time <= 0 || o.warm < 0 {
@@ -126,6 +129,9 @@ func run(ctx context.Context, o options) (res *results, err error) {
 				continue
 			}
 			t, err := measure(ctx, o, r, s.started[r.on])
+			if ctx.Err() != nil {
+				return nil, errors.New("interrupted")
+			}
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", r.name(), err)
 			}

@@ -85,7 +85,7 @@ func (res *results) markdown() string {
 	fmt.Fprintf(&b, "From `make bench`: %d rounds of %s for each row, each after a warm-up of %s, %s in all. The middle of the rounds,\n"+
 		"and their least and most. Client and servers share one machine: %s. Read ratios, not figures.\n\n",
 		res.o.rounds, res.o.time, res.o.warm, res.took.Round(time.Second), machine())
-	fmt.Fprintf(&b, "![ids a second](%s)\n", chartName)
+	fmt.Fprintf(&b, "![ids a second, logarithmic; nsalloc is blue](%s)\n", chartName)
 	res.table(&b)
 	res.targets(&b)
 	res.explain(&b)
@@ -151,8 +151,8 @@ func (res *results) explain(b *strings.Builder) {
   loopback; or they share one client, which gathers those who wait into one request, one on its way at a time. Where
   others are gathered, it is by the same code.
 - nsalloc is nsalloc-server with the etcd in it. Its answers are committed: etcd has synced them to disk before.
-- The unary echo is a gRPC server that answers the same messages from memory, and gRPC's plain client. The stream echo
-  has one stream in both directions, and a message for each batch.
+- The unary echo is a gRPC server that answers the same messages from memory, and gRPC's plain client, or ours. The
+  stream echo has one stream in both directions, and a message for each batch.
 - The etcd is one member, like the one in our server. Its counter is read and written by all callers; its owner is one
   process that alone writes a counter, in one transaction for all who wait.
 - Redis and PostgreSQL are as Debian installs them. "AOF off" keeps nothing over a restart, and nextval logs every 32nd

@@ -8,9 +8,11 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"sync/atomic"
 	"syscall"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
@@ -122,17 +124,11 @@ func echoRole() error {
 
 // machine is where the figures come from.
 func machine() string {
-	var u syscall.Utsname
-	release := "unknown"
-	if syscall.Uname(&u) == nil {
-		var b []byte
-		for _, c := range u.Release {
-			if c == 0 {
-				break
-			}
-			b = append(b, byte(c))
-		}
-		release = string(b)
+	var u unix.Utsname
+	kernel := ""
+	if unix.Uname(&u) == nil {
+		release, _, _ := strings.Cut(unix.ByteSliceToString(u.Release[:]), "-") // without a builder's name for it
+		kernel = "Linux " + release + ", "
 	}
-	return fmt.Sprintf("%d cores, Linux %s, %s", runtime.NumCPU(), release, runtime.Version())
+	return fmt.Sprintf("%d cores, %s%s", runtime.NumCPU(), kernel, runtime.Version())
 }

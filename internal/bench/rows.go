@@ -12,7 +12,7 @@ type load struct {
 	Shared    bool
 }
 
-// The loads of issue and table.
+// The loads.
 var (
 	one      = load{Callers: 1}
 	some     = load{Callers: 16}
@@ -78,7 +78,7 @@ func allRows() (rows []row) {
 	add(groupOurs, "nsalloc", "nsalloc Allocate, committed", "nsalloc", "nsalloc", one, some, many, crowd, spread)
 
 	add(groupLimits, "echo", "gRPC unary echo", "unary", "echo", one, some, many)
-	add(groupLimits, "echo-gathered", "gRPC unary echo, our client", "nsalloc", "echo", crowd, spread)
+	add(groupLimits, "echo-client", "gRPC unary echo, our client", "nsalloc", "echo", many, crowd, spread)
 	add(groupLimits, "stream", "gRPC stream echo, gathered", "stream", "echo", crowd)
 	add(groupLimits, "atomic", "atomic add in the process", "atomic", "", one, many)
 
@@ -93,7 +93,7 @@ func allRows() (rows []row) {
 	}
 	add(groupOthers, "postgres", "PostgreSQL nextval", "postgres", "postgres", one, some, many, spreadOwn)
 
-	add(groupRegs, "register", "nsalloc Register, committed", "register", "nsalloc", one, some)
+	add(groupRegs, "register", "nsalloc Register, committed", "register", "nsalloc-register", one, some)
 	add(groupRegs, "etcd-register", "etcd, the same transactions", "etcd-register", "etcd", one, some)
 	return rows
 }
