@@ -128,12 +128,15 @@ func TestServersAndMembersKilled(t *testing.T) {
 	l.rate(time.Second) // warm
 	calm := l.rate(2 * time.Second)
 
+	clients := map[string][2]*client.Client{}
+	for _, host := range []string{"a", "b", "c"} {
+		clients[host] = [2]*client.Client{c.dial(0, host), c.dial(1, host)}
+	}
 	moved := make(chan *alloctest.History, 1)
 	go func() {
 		moved <- alloctest.Crowd{
 			Doors: func(host string) (two [2]alloctest.Door) {
-				for i := range two {
-					s := c.dial(i, host)
+				for i, s := range clients[host] {
 					two[i] = alloctest.Door{Calls: s, Look: func(ctx context.Context, serial alloc.Serial) (*alloc.Sandbox, *alloc.Checkpoint, error) {
 						found, err := s.Sandbox(ctx, serial, true)
 						return found.Sandbox, found.Checkpoint, err

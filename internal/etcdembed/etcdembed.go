@@ -39,7 +39,7 @@ const (
 	maxSocketPath = 107
 
 	quota        = 8 << 30
-	retention    = "1h"
+	retention    = "15m"  // a watch that was away for longer reads all anew; a longer one fills the disk with old requests
 	snapshots    = 10_000 // entries of the raft log between two snapshots
 	catchUp      = 5_000  // entries kept behind a snapshot; there is no follower to catch up
 	socketName   = "etcd.sock"

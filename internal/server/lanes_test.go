@@ -97,12 +97,16 @@ func TestTurnDoesNotCome(t *testing.T) {
 	st := stuck{mem, make(chan struct{}, 1), make(chan struct{})}
 	r := start(t, Config{Store: st})
 	c := r.dial("")
-	first := make(chan error, 1)
-	go func() {
-		_, err := c.Allocate(t.Context(), alloc.AllocateCommand{RequestID: client.NewRequestID(), Count: 1})
-		first <- err
-	}()
-	<-st.entered // the one lane that is at work is in its commit
+	// Whatever lanes there are, all hang in their commits.
+	const lanes = 4
+	first := make(chan error, lanes)
+	for range lanes {
+		go func() {
+			_, err := c.Allocate(t.Context(), alloc.AllocateCommand{RequestID: client.NewRequestID(), Count: 1})
+			first <- err
+		}()
+		<-st.entered
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	_, err := c.Allocate(ctx, alloc.AllocateCommand{RequestID: client.NewRequestID(), Count: 1})
@@ -111,8 +115,10 @@ func TestTurnDoesNotCome(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	close(st.gate)
-	if err := <-first; err != nil {
-		t.Error(err)
+	for range lanes {
+		if err := <-first; err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -103,7 +103,7 @@ var (
 	descRecords  = prometheus.NewDesc("nsalloc_view_records", "Records in the view.", []string{"kind"}, nil)
 	descUnread   = prometheus.NewDesc("nsalloc_view_unreadable_records", "Records that cannot be read and are left out of the view; the log names them.", []string{"kind"}, nil)
 	descCounter  = prometheus.NewDesc("nsalloc_pool_counter", "The next free counter of the pool's generation.", nil, nil)
-	descLeft     = prometheus.NewDesc("nsalloc_pool_serials_left", "Serials of the pool's generation that nobody holds; nothing is issued at 0.", nil, nil)
+	descLeft     = prometheus.NewDesc("nsalloc_pool_serials_left", "Serials of the pool's generation that nobody holds. At 0 no server and no host gets another range.", nil, nil)
 	descGensLeft = prometheus.NewDesc("nsalloc_pool_generations_left", "Generations that the pool can still begin.", nil, nil)
 	descBurn     = prometheus.NewDesc("nsalloc_pool_burn_per_second", "Serials a second that were taken from the pool's counter over the last hour, as far as this server saw it; what the ranges of servers and hosts hold counts.", nil, nil)
 	descGen      = prometheus.NewDesc("nsalloc_pool_generation", "The pool's generation.", nil, nil)

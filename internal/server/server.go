@@ -212,8 +212,8 @@ func (s *Server) laneLost(id string, swept bool) {
 		return
 	}
 	s.metrics.lanes.WithLabelValues(laneTaken).Inc()
-	s.log.Error("somebody else wrote this server's lane: another copy of this server is at work, or the store was put back to an older snapshot; "+
-		"it issues from a new range, and nothing was issued twice. If this machine was cloned, end one of the two", "lane", id)
+	s.log.Error("somebody else wrote this server's lane, which it gives up with the rest of its range: another copy of this server is at work, or the store was put back to an older snapshot. "+
+		"If this machine was cloned, end one of the two", "lane", id)
 }
 
 func (s *Server) sweepOnce(ctx context.Context) {

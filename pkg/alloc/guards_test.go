@@ -172,6 +172,36 @@ func TestSweptMeanwhile(t *testing.T) {
 	})
 }
 
+// TestSweepStaysBehind: a sweep by a clock that is far ahead, of more than it takes at once, refuses nobody
+// who asks now; and a key that is no request's is in nobody's way.
+func TestSweepStaysBehind(t *testing.T) {
+	s := memstore.New()
+	p := alloctest.NewPool(t, s, alloc.DefaultPolicy())
+	for _, id := range []string{"7", "0", "00000000-0001", "zz"} {
+		if err := s.Plant(t.Context(), alloc.Key{Kind: alloc.KindRequest, ID: id}, []byte{1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ahead := alloc.NewService(s, func() time.Time { return p.Clock.Now().Add(time.Hour) })
+	total := 0
+	for range 40 {
+		ok[alloc.Ranges](t)(p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 1}))
+		p.Clock.Move(time.Second)
+		n, err := ahead.SweepRequests(t.Context(), 3)
+		if err != nil {
+			t.Fatal(err)
+		}
+		total += n
+	}
+	if total < 20 {
+		t.Errorf("%d were swept", total)
+	}
+	// What is left would be found by Check as what it is.
+	if _, err := s.Commit(t.Context(), alloc.Tx{DeleteSpans: []alloc.Span{{Kind: alloc.KindRequest, Through: "0z"}, {Kind: alloc.KindRequest, After: "6", Through: "zzz"}}}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestCounterNeverRepeatsAValue: a store that was put back, where the same is asked again, does not come
 // to the value that it had; what compares the lost one fails.
 func TestCounterNeverRepeatsAValue(t *testing.T) {
@@ -193,7 +223,7 @@ func TestCounterNeverRepeatsAValue(t *testing.T) {
 		"Grant": func(ctx context.Context, id string) error {
 			m := a.Mutation()
 			m.RequestID = id
-			_, err := p.Grant(ctx, alloc.GrantCommand{Mutation: m, Count: 5})
+			_, err := alloc.NewService(s, p.Clock.Now).Grant(ctx, alloc.GrantCommand{Mutation: m, Count: 5}) // one that has not seen the counter
 			return err
 		},
 	} {

@@ -137,6 +137,7 @@ func (s *Service) Grant(ctx context.Context, cmd GrantCommand) (Ranges, error) {
 	}
 	defer release()
 	var granted Ranges
+	var took Tx
 	counterKey := Key{Kind: KindCounter}
 	keys := func() ([]Key, error) { return []Key{counterKey}, nil }
 	err = s.change(ctx, cmd.Mutation, keys, func(w *world) error {
@@ -151,6 +152,9 @@ func (s *Service) Grant(ctx context.Context, cmd GrantCommand) (Ranges, error) {
 		if err != nil {
 			return err
 		}
+		if err := s.counters.see(w.pool, counter); err != nil {
+			return err
+		}
 		r, err := counter.take(cmd.Count)
 		if err != nil {
 			return err
@@ -161,10 +165,12 @@ func (s *Service) Grant(ctx context.Context, cmd GrantCommand) (Ranges, error) {
 		granted = w.host.Granted
 		w.put(counter)
 		w.put(w.host)
+		took = w.tx
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
+	s.counters.took(took)
 	return granted, nil
 }

@@ -16,6 +16,13 @@ const (
 	maxQueue = 10_000
 	// maxLanes is how many transactions one server has under way for them at once.
 	maxLanes = 4
+	// maxWaiting bounds those that wait for a place in the queue.
+	maxWaiting = 10_000
+	// slow is after what time a lane that is in a transaction is not counted on any more: others begin.
+	slow = 100 * time.Millisecond
+	// tryTimeout bounds one try of a shared transaction, so that a store which does not answer can be asked
+	// again, over another connection, while its callers wait.
+	tryTimeout = 3 * time.Second
 	// issueTimeout bounds one shared transaction with its retries; it is not the callers' deadline,
 	// because they share it.
 	issueTimeout = 10 * time.Second
@@ -53,7 +60,7 @@ func (a *allocation) answer(r Ranges, err error) {
 }
 
 // Allocate issues serials. Calls that wait at the same time share one transaction. When maxQueue calls
-// wait, it waits for a place among them, until the caller's deadline.
+// wait, it waits for a place among them, until the caller's deadline, as one of maxWaiting.
 //
 // Committed when it returns: the serials are taken for ever, and for RequestLife any server answers
 // the same to the same request id. Errors: ErrInvalid, ErrRequestExpired, ErrRequestReused,
@@ -77,6 +84,12 @@ func (s *Service) Allocate(ctx context.Context, cmd AllocateCommand) (Ranges, er
 	select {
 	case s.queue <- a:
 	default:
+		if s.waiting.Add(1) > maxWaiting {
+			s.waiting.Add(-1)
+			return nil, &Error{Reason: ReasonExhausted, Subject: "request " + cmd.RequestID, Msg: fmt.Sprintf("%d calls wait in this server already; nothing was issued", maxQueue+maxWaiting),
+				Fix: "try again", RetryAfter: retrySoon}
+		}
+		defer s.waiting.Add(-1)
 		select {
 		case s.queue <- a:
 		case <-ctx.Done():
@@ -113,7 +126,7 @@ func (s *Service) wake() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	waits, idle := len(s.queue), len(s.idle)
-	if idle == 0 || waits <= maxBatch*s.waking || waits < maxBatch && idle < maxLanes {
+	if idle == 0 || waits <= maxBatch*s.waking || waits < maxBatch && idle+s.slow < maxLanes {
 		return // lanes that have been woken, or one at work, will take them
 	}
 	// The one that was at work last: the others keep what they have for when they are needed.
@@ -131,13 +144,39 @@ func (s *Service) drain(l *lane) {
 	s.waking--
 	s.mu.Unlock()
 	for len(batch) > 0 {
+		done := s.watch()
 		s.issue(l, batch)
+		done()
 		batch = s.batch()
 	}
 	s.mu.Lock()
 	s.idle = append(s.idle, l)
 	s.mu.Unlock()
 	s.wake() // what came since the last look saw this lane at work
+}
+
+// watch sees to it that nobody waits for a lane that is slow: the store may hang, or be slow for one key.
+func (s *Service) watch() (done func()) {
+	isSlow := false // guarded by mu
+	over := false   // guarded by mu
+	t := time.AfterFunc(slow, func() {
+		s.mu.Lock()
+		if !over {
+			isSlow = true
+			s.slow++
+		}
+		s.mu.Unlock()
+		s.wake()
+	})
+	return func() {
+		t.Stop()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		over = true
+		if isSlow {
+			s.slow--
+		}
+	}
 }
 
 // batch is the next calls whose callers still wait.
@@ -198,7 +237,11 @@ func (s *Service) issue(l *lane, batch []*allocation) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(batch[0].ctx), issueTimeout)
 	defer cancel()
 	c := newCalls(batch)
-	err := settle(ctx, func() (bool, error) { return l.try(ctx, s, c) })
+	err := settle(ctx, func() (bool, error) {
+		ctx, cancel := context.WithTimeout(ctx, tryTimeout)
+		defer cancel()
+		return l.try(ctx, s, c)
+	})
 	for _, a := range c.waiting() {
 		c.answer(a, nil, err)
 	}

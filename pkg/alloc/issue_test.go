@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -53,6 +54,7 @@ func bubble(t *testing.T, f func(t *testing.T, p *alloctest.Pool, s *held)) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &held{Store: memstore.New()}
 		f(t, alloctest.NewPool(t, s, alloc.DefaultPolicy()), s)
+		time.Sleep(time.Minute) // of the bubble's time: what was lost on its way has been given up by then
 	})
 }
 
@@ -89,7 +91,7 @@ func TestAllocateGathers(t *testing.T) {
 		if n := len(slices.Compact(slices.Clone(all))); n != len(all) {
 			t.Errorf("%d serials for %d", n, len(all))
 		}
-		if _, after := s.Ops(); after-before != 3 { // 1, and 199 by 120
+		if _, after := s.Ops(); after-before < 3 || after-before > 4 { // 1, and 199 by 120; a lane that comes late may get a few
 			t.Errorf("%d transactions for %d calls", after-before, calls)
 		}
 	})
@@ -296,6 +298,72 @@ func TestLaneNeverIssuesTwice(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestCounterPutBack: a server that has seen the counter further on takes nothing from one that went back.
+func TestCounterPutBack(t *testing.T) {
+	s := memstore.New()
+	p := alloctest.NewPool(t, s, alloc.DefaultPolicy())
+	allocate := func(n uint64) error {
+		_, err := p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: n})
+		return err
+	}
+	a := p.Agent("a")
+	if err := allocate(1); err != nil {
+		t.Fatal(err)
+	}
+	before := everything(t, s)
+	if err := allocate(5000); err != nil {
+		t.Fatal(err)
+	}
+	after := everything(t, s)
+	if _, err := s.Commit(t.Context(), alloc.Tx{Put: []alloc.Record{before.Counter, before.Lanes[0]}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := allocate(1); !errors.Is(err, alloc.ErrRecovering) || !strings.Contains(err.Error(), "nsalloc mend counter") {
+		t.Errorf("Allocate: %v", err)
+	}
+	if _, err := p.Grant(t.Context(), alloc.GrantCommand{Mutation: a.Mutation(), Count: 10}); !errors.Is(err, alloc.ErrRecovering) {
+		t.Errorf("Grant: %v", err)
+	}
+	if _, err := s.Commit(t.Context(), alloc.Tx{Put: []alloc.Record{after.Counter, after.Lanes[0]}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := allocate(1); err != nil {
+		t.Errorf("with the counter where it was: %v", err)
+	}
+}
+
+// TestSlowLane: calls do not wait for a lane whose transaction hangs.
+func TestSlowLane(t *testing.T) {
+	bubble(t, func(t *testing.T, p *alloctest.Pool, s *held) {
+		ask := func() error {
+			_, err := p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 1})
+			return err
+		}
+		if err := ask(); err != nil { // later ones need no counter
+			t.Fatal(err)
+		}
+		_ = s.hold()
+		hangs := make(chan error, 1)
+		go func() { hangs <- ask() }()
+		synctest.Wait()
+		began := time.Now()
+		for range 3 { // the one that waits as it hangs, and those that come later
+			if err := ask(); err != nil {
+				t.Error(err)
+			}
+		}
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("others waited %s for it", took)
+		}
+		if err := <-hangs; err != nil { // it is tried again before its callers are gone
+			t.Errorf("the call in it: %v", err)
+		}
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("it was tried again after %s", took)
+		}
+	})
 }
 
 // TestSameRequestAtTwoServers: a request that is asked again elsewhere while it is on its way is one.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -30,6 +31,9 @@ const (
 	maxLaneRange = 1 << 22
 	laneRangeUse = 10 * time.Second
 )
+
+// maxPending is after how many lost answers in a row a lane begins another life.
+const maxPending = 100
 
 // lane is a Lane with what its server knows, so that issuing needs no read. It is held by one goroutine at
 // a time.
@@ -69,7 +73,9 @@ func (l *lane) try(ctx context.Context, s *Service, c *calls) (bool, error) {
 			if err := l.look(ctx, s, c); err != nil {
 				return false, err
 			}
-			open, need = c.waiting(), 0
+			if open, need = c.waiting(), 0; len(open) == 0 {
+				return true, nil
+			}
 			for _, a := range open {
 				need += a.cmd.Count
 			}
@@ -114,9 +120,13 @@ func (l *lane) try(ctx context.Context, s *Service, c *calls) (bool, error) {
 		if ReasonOf(err) == ReasonUnknownOutcome {
 			l.pending = append(l.pending, token)
 		}
+		if len(l.pending) > maxPending {
+			l.begin() // each of them compares the record that is left behind
+		}
 		return false, err
 	}
 	if filled {
+		s.counters.took(tx)
 		l.size, l.taken = size, now
 	}
 	l.Lane, l.token, l.pending = next, token, nil
@@ -149,11 +159,15 @@ func (l *lane) fill(ctx context.Context, s *Service, next *Lane, tx *Tx, need ui
 	case age > 2*laneRangeUse:
 		size = max(size/2, minLaneRange)
 	}
+	before := *counter
 	r, err := counter.take(min(max(size, need), max(counter.left(), 1)))
 	if ReasonOf(err) == ReasonExhausted {
 		return size, nil // some calls may do with what the lane has
 	}
 	if err != nil {
+		return 0, err
+	}
+	if err := s.counters.see(entries[0].Record.(*Pool), &before); err != nil {
 		return 0, err
 	}
 	counter.Nonce = newNonce()
@@ -255,4 +269,34 @@ func (c *Counter) take(n uint64) (Range, error) {
 	}
 	c.Next += n
 	return Range{First: first, Count: n}, nil
+}
+
+// seenCounter is the highest that this process has seen the pool's counter at. One that is lower is of a store
+// that was put back: to take from it would be to issue again.
+type seenCounter struct {
+	mu    sync.Mutex
+	nonce string // guarded by mu: the pool's, of the generation
+	next  uint64 // guarded by mu
+}
+
+func (c *seenCounter) see(pool *Pool, now *Counter) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if pool.Nonce == c.nonce && now.Next < c.next {
+		return &Error{Reason: ReasonRecovering, Subject: "counter", Msg: fmt.Sprintf("it is at %x, and this server has seen it at %x: the store was put back to an older snapshot; nothing was issued", now.Next, c.next),
+			Fix: "put back a newer snapshot of the etcd; if there is none: nsalloc mend counter --force", RetryAfter: retrySoon}
+	}
+	c.nonce, c.next = pool.Nonce, now.Next
+	return nil
+}
+
+// took notes the counter of a transaction that has committed.
+func (c *seenCounter) took(tx Tx) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, rec := range tx.Put {
+		if now, ok := rec.(*Counter); ok {
+			c.next = max(c.next, now.Next)
+		}
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -28,6 +29,11 @@ type Service struct {
 	mu     sync.Mutex
 	idle   []*lane // guarded by mu: nobody drains the queue with them
 	waking int     // guarded by mu: lanes that will look at the queue soon
+	slow   int     // guarded by mu: lanes that nobody counts on for now
+
+	waiting atomic.Int64 // calls that wait for a place in queue
+
+	counters seenCounter
 }
 
 // NewService makes the use cases over store. now is the clock that stamps records; nothing but those

@@ -9,7 +9,7 @@ import (
 const (
 	// sweepAge is how old a request record gets before it is deleted: longer than any server looks
 	// for it. A lane that was not written for as long is of a server that is gone.
-	sweepAge = 2 * RequestLife
+	sweepAge = RequestLife + 2*time.Minute
 	// sweepStep is how far the mark moves at once where much is to be deleted: each move makes lanes read again.
 	sweepStep = time.Minute
 	// sweptID is the id of the record that says how far the sweep got: its At is a time, and the records
@@ -23,7 +23,7 @@ const (
 // forward would delete young records, and a retry at another server would issue a second time.
 func swept(mark Entry, id string) bool {
 	through := sweptThrough(mark)
-	return through != "" && id[:len(through)] <= through
+	return through != "" && len(id) >= len(through) && id[:len(through)] <= through
 }
 
 // sweptThrough is how the ids begin of the youngest requests whose records may have been deleted: UUIDv7s
@@ -33,7 +33,12 @@ func sweptThrough(mark Entry) string {
 	if !ok {
 		return ""
 	}
-	ms := fmt.Sprintf("%012x", max(m.At.UnixMilli(), 0))
+	return idsOf(m.At)
+}
+
+// idsOf is how the ids begin of requests of a millisecond.
+func idsOf(at time.Time) string {
+	ms := fmt.Sprintf("%012x", max(at.UnixMilli(), 0))
 	return ms[:8] + "-" + ms[8:]
 }
 
@@ -55,21 +60,27 @@ func (s *Service) SweepRequests(ctx context.Context, limit int) (int, error) {
 	if m, ok := marks[0].Record.(*Request); ok {
 		mark = m
 	}
+	to, err := s.sweepTo(ctx, entries, limit)
+	if err != nil {
+		return 0, err
+	}
 	tx := Tx{Guards: []Guard{{key, marks[0].Token}}}
-	if to := s.sweepTo(entries, limit); to.After(mark.At) {
+	if to.After(mark.At) {
 		moved := *mark
 		moved.At = to
 		mark = &moved
 		tx.Put = []Record{mark}
 	}
-	n := 0
-	for n < len(entries) && swept(Entry{Record: mark}, entries[n].Key.ID) {
-		n++
+	n, through := 0, ""
+	for _, e := range entries {
+		if _, err := requestTime(e.Key.ID); err == nil && swept(Entry{Record: mark}, e.Key.ID) {
+			n, through = n+1, e.Key.ID
+		}
 	}
 	if n == 0 {
 		return 0, nil
 	}
-	tx.DeleteSpans = []Span{{KindRequest, sweptID, entries[n-1].Key.ID}}
+	tx.DeleteSpans = []Span{{KindRequest, sweptID, through}}
 	if _, err := s.store.Commit(ctx, tx); err != nil {
 		return 0, err
 	}
@@ -77,44 +88,54 @@ func (s *Service) SweepRequests(ctx context.Context, limit int) (int, error) {
 }
 
 // sweepTo is where the mark may stand: at the last of the oldest records that is too old. Where there are
-// many it goes a step beyond the first, so that it does not move with each of them; no further, because
-// this server's clock may be far ahead, and requests up to the mark are refused.
-func (s *Service) sweepTo(entries []Entry, limit int) time.Time {
-	var to time.Time
+// many it goes a step beyond the first, so that it does not move with each of them, if a record beyond that
+// shows that time has come so far: requests up to the mark are refused, and this server's clock may be ahead.
+func (s *Service) sweepTo(ctx context.Context, entries []Entry, limit int) (to time.Time, err error) {
 	oldest := s.now().Add(-sweepAge)
+	var first time.Time
 	for _, e := range entries {
 		at, err := requestTime(e.Key.ID)
-		if err != nil || !at.Before(oldest) {
-			return to
+		switch {
+		case err != nil: // the key of no request
+		case !at.Before(oldest):
+			return to, nil
+		default:
+			to = at
+			if first.IsZero() {
+				first = at
+			}
 		}
-		to = at
 	}
-	if len(entries) == limit {
-		first, _ := requestTime(entries[0].Key.ID)
-		if step := first.Add(sweepStep); step.After(to) && step.Before(oldest) {
-			to = step
-		}
+	step := first.Add(sweepStep)
+	if first.IsZero() || len(entries) < limit || !step.After(to) || !step.Before(oldest) {
+		return to, nil
 	}
-	return to
+	beyond := false
+	err = s.list(ctx, KindRequest, idsOf(step)+"~", 0, func(e Entry) bool { // ~ is after all that an id has
+		_, err := requestTime(e.Key.ID)
+		beyond = err == nil
+		return !beyond
+	})
+	if beyond {
+		to = step
+	}
+	return to, err
 }
 
 // SweepLanes deletes the records of lanes whose server is gone, at most 100 of them. It returns how many.
 // A server that comes back after all finds its record gone and begins another: that costs the rest of a
 // range.
 func (s *Service) SweepLanes(ctx context.Context) (int, error) {
-	entries, _, err := s.store.List(ctx, KindLane, "", 100, 0)
-	if err != nil {
-		return 0, err
-	}
 	var tx Tx
-	for _, e := range entries {
+	err := s.list(ctx, KindLane, "", 0, func(e Entry) bool {
 		if l, ok := e.Record.(*Lane); ok && l.At.Before(s.now().Add(-sweepAge)) {
 			tx.Guards = append(tx.Guards, Guard{e.Key, e.Token})
 			tx.Delete = append(tx.Delete, e.Key)
 		}
-	}
-	if len(tx.Delete) == 0 {
-		return 0, nil
+		return len(tx.Delete) < 100
+	})
+	if err != nil || len(tx.Delete) == 0 {
+		return 0, err
 	}
 	if _, err := s.store.Commit(ctx, tx); err != nil {
 		return 0, err

@@ -155,7 +155,10 @@ func DialConn(target string, opts ...Option) (*grpc.ClientConn, error) {
 func (c *Client) Conn() *grpc.ClientConn { return c.conn }
 
 // Close ends the connection and all calls on it.
-func (c *Client) Close() error { return c.conn.Close() }
+func (c *Client) Close() error {
+	c.gather.close()
+	return c.conn.Close()
+}
 
 func resolve(target string, plainAnywhere bool) (string, error) {
 	refuse := func(msg, fix string) (string, error) {

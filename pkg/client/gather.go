@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"sync"
@@ -15,12 +16,14 @@ type gatherer struct {
 	batches []*batch // guarded by mu: calls join the last one, unless it is on its way
 	working bool     // guarded by mu: a goroutine sends them
 	sending bool     // guarded by mu: the first one is on its way
+	closed  bool     // guarded by mu
 }
 
 // batch is one request for all who joined it. After done was closed ranges and err are there to read.
 type batch struct {
 	count  uint64 // of serials
 	live   int    // guarded by gatherer.mu: callers who still wait
+	joined int    // guarded by gatherer.mu until it is sent: callers
 	cancel context.CancelFunc
 	ctx    context.Context
 	done   chan struct{}
@@ -36,7 +39,7 @@ type batch struct {
 // been issued for this call is burned, which costs numbers and nothing else.
 //
 // Committed when it returns, as with Allocate. Errors: alloc.ErrInvalid for n; alloc.ErrUnavailable when
-// ctx ended first, with its cause; else what the pool answered to the request, such as alloc.ErrExhausted.
+// ctx ended first, with its cause; ErrClosed; else what the pool answered, such as alloc.ErrExhausted.
 func (c *Client) Serials(ctx context.Context, n uint64) (alloc.Ranges, error) {
 	if n == 0 || n > alloc.MaxAllocate {
 		return nil, &alloc.Error{Reason: alloc.ReasonInvalid, Subject: "count", Msg: fmt.Sprintf("%d is not in 1..%d", n, alloc.MaxAllocate)}
@@ -44,7 +47,10 @@ func (c *Client) Serials(ctx context.Context, n uint64) (alloc.Ranges, error) {
 	if ctx.Err() != nil {
 		return nil, gaveUp(ctx)
 	}
-	b, first, alone := c.gather.join(n)
+	b, first, alone, err := c.gather.join(n)
+	if err != nil {
+		return nil, err
+	}
 	if alone {
 		go c.send()
 	}
@@ -54,10 +60,35 @@ func (c *Client) Serials(ctx context.Context, n uint64) (alloc.Ranges, error) {
 		c.gather.leave(b)
 		return nil, gaveUp(ctx)
 	}
+	if errors.Is(b.err, alloc.ErrExhausted) && b.joined > 1 {
+		return c.single(ctx, n) // what all ask for together may be too much, and this not
+	}
 	if b.err != nil {
 		return nil, b.err
 	}
 	return cut(b.ranges, first, n), nil
+}
+
+// single asks for one caller.
+func (c *Client) single(ctx context.Context, n uint64) (got alloc.Ranges, err error) {
+	err = Retry(ctx, func(id string) (err error) {
+		got, err = c.Allocate(ctx, alloc.AllocateCommand{RequestID: id, Count: n})
+		return err
+	})
+	return got, err
+}
+
+// ErrClosed is the error of calls of Serials on a client that was closed.
+var ErrClosed = errors.New("the client is closed")
+
+// close ends all that waits.
+func (g *gatherer) close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.closed = true
+	for _, b := range g.batches {
+		b.cancel()
+	}
 }
 
 func gaveUp(ctx context.Context) error {
@@ -83,9 +114,12 @@ func cut(ranges alloc.Ranges, skip, n uint64) alloc.Ranges {
 
 // join adds n serials to the last batch, and tells at which of its serials they begin, and whether nobody
 // sends it yet.
-func (g *gatherer) join(n uint64) (b *batch, first uint64, alone bool) {
+func (g *gatherer) join(n uint64) (b *batch, first uint64, alone bool, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.closed {
+		return nil, 0, false, ErrClosed
+	}
 	if k := len(g.batches); k > 0 && (k > 1 || !g.sending) {
 		b = g.batches[k-1]
 	}
@@ -97,8 +131,9 @@ func (g *gatherer) join(n uint64) (b *batch, first uint64, alone bool) {
 	first = b.count
 	b.count += n
 	b.live++
+	b.joined++
 	alone, g.working = !g.working, true
-	return b, first, alone
+	return b, first, alone, nil
 }
 
 // send sends one batch after the other until there is none.
@@ -118,16 +153,24 @@ func (c *Client) send() {
 		b := g.batches[0]
 		count := b.count // nobody joins it any more
 		g.mu.Unlock()
-		b.err = Retry(b.ctx, func(id string) (err error) {
-			b.ranges, err = c.Allocate(b.ctx, alloc.AllocateCommand{RequestID: id, Count: count})
-			return err
-		})
+		for range 3 { // a request that was unknown for too long is given up, with what it may have got
+			b.err = Retry(b.ctx, func(id string) (err error) {
+				b.ranges, err = c.Allocate(b.ctx, alloc.AllocateCommand{RequestID: id, Count: count})
+				return err
+			})
+			if !errors.Is(b.err, alloc.ErrRequestExpired) {
+				break
+			}
+		}
 		if got := b.ranges.Count(); b.err == nil && got != count {
 			b.err = &alloc.Error{Reason: alloc.ReasonMalformed, Subject: "answer of the server", Msg: fmt.Sprintf("it has %d serials, %d were asked for", got, count),
 				Fix: "look at the server's version and at what is between it and this client"}
 		}
 		b.cancel()
 		g.mu.Lock()
+		if g.closed && b.err != nil {
+			b.err = ErrClosed
+		}
 		g.batches, g.sending = g.batches[1:], false
 		g.mu.Unlock()
 		close(b.done)

@@ -27,10 +27,11 @@ type issuer struct {
 	counts []uint64
 	ids    []string
 	flying atomic.Int32
+	many   bool // requests at once are right
 }
 
 func (s *issuer) Allocate(ctx context.Context, req *nsallocv1.AllocateRequest, _ ...grpc.CallOption) (*nsallocv1.AllocateResponse, error) {
-	if s.flying.Add(1) > 1 {
+	if s.flying.Add(1) > 1 && !s.many {
 		return nil, errors.New("two requests at once")
 	}
 	defer s.flying.Add(-1)
@@ -184,6 +185,7 @@ func TestSerialsRefused(t *testing.T) {
 				t.Errorf("%d: %v", n, err)
 			}
 		}
+		s.many = true // each asks for itself when all together were too much
 		var wg sync.WaitGroup
 		for range 5 {
 			wg.Go(func() {
@@ -208,6 +210,84 @@ func TestSerialsRefused(t *testing.T) {
 		wg.Wait()
 		if len(s.counts) != 4 {
 			t.Errorf("requests of %v", s.counts)
+		}
+	})
+}
+
+// TestSerialsOfManyAtTheEnd: what one asks for in vain takes nothing from the others of its batch.
+func TestSerialsOfManyAtTheEnd(t *testing.T) {
+	var s *issuer
+	left := uint64(50)
+	gathering(t, func(n int) error {
+		if s.counts[n] > left {
+			return refusal(alloc.ReasonExhausted, 0)
+		}
+		left -= s.counts[n]
+		return nil
+	}, func(t *testing.T, c *Client, is *issuer) {
+		s = is
+		s.many = true
+		var wg sync.WaitGroup
+		var refused atomic.Int32
+		for i := range 30 {
+			n := uint64(1)
+			if i == 7 {
+				n = 1000
+			}
+			wg.Go(func() {
+				if _, err := c.Serials(t.Context(), n); err != nil {
+					if !errors.Is(err, alloc.ErrExhausted) || n == 1 {
+						t.Errorf("%d: %v", n, err)
+					}
+					refused.Add(1)
+				}
+			})
+		}
+		wg.Wait()
+		if refused.Load() != 1 {
+			t.Errorf("%d were refused", refused.Load())
+		}
+	})
+}
+
+// TestSerialsExpired: a request that was unknown for so long that nobody can tell is made anew.
+func TestSerialsExpired(t *testing.T) {
+	gathering(t, func(n int) error {
+		switch n {
+		case 0:
+			return refusal(alloc.ReasonUnknownOutcome, 0)
+		case 1:
+			return refusal(alloc.ReasonRequestExpired, 0)
+		}
+		return nil
+	}, func(t *testing.T, c *Client, s *issuer) {
+		if r, err := c.Serials(t.Context(), 3); err != nil || r.Count() != 3 || s.ids[0] != s.ids[1] || s.ids[2] == s.ids[1] {
+			t.Errorf("%v, %v; asked as %v", r, err, s.ids)
+		}
+	})
+	gathering(t, func(int) error { return refusal(alloc.ReasonRequestExpired, 0) }, func(t *testing.T, c *Client, s *issuer) {
+		if _, err := c.Serials(t.Context(), 3); !errors.Is(err, alloc.ErrRequestExpired) {
+			t.Errorf("a clock that is far behind: %v", err)
+		}
+	})
+}
+
+// TestSerialsClosed: Close ends what waits, and what comes.
+func TestSerialsClosed(t *testing.T) {
+	gathering(t, func(int) error { return refusal(alloc.ReasonUnavailable, 0) }, func(t *testing.T, c *Client, s *issuer) {
+		var wg sync.WaitGroup
+		for range 3 {
+			wg.Go(func() {
+				if _, err := c.Serials(t.Context(), 3); !errors.Is(err, ErrClosed) {
+					t.Error(err)
+				}
+			})
+		}
+		synctest.Wait()
+		c.gather.close()
+		wg.Wait()
+		if _, err := c.Serials(t.Context(), 3); !errors.Is(err, ErrClosed) {
+			t.Error(err)
 		}
 	})
 }
