@@ -71,6 +71,10 @@ func newMessage(kind alloc.Kind) proto.Message {
 		return new(storepb.Pool)
 	case alloc.KindCounter:
 		return new(storepb.Counter)
+	case alloc.KindServer:
+		return new(storepb.Server)
+	case alloc.KindSlot:
+		return new(storepb.Slot)
 	case alloc.KindLane:
 		return new(storepb.Lane)
 	case alloc.KindHost:
@@ -176,6 +180,10 @@ func (d *decoder) record(m proto.Message) alloc.Record {
 		return d.pool(m)
 	case *storepb.Counter:
 		return &alloc.Counter{Generation: d.generation(m.Generation), Next: m.Next, Nonce: m.Nonce, Extra: unknown(m)}
+	case *storepb.Server:
+		return &alloc.Server{Name: m.Name, Incarnation: m.Incarnation, Nonce: m.Nonce, Started: d.time(m.Started), Extra: unknown(m)}
+	case *storepb.Slot:
+		return &alloc.Slot{Server: m.Server, Life: m.Life, N: int(m.N), Writes: m.Writes, Nonce: m.Nonce, Extra: unknown(m)}
 	case *storepb.Lane:
 		return &alloc.Lane{ID: m.Id, Left: d.ranges(m.Left), Nonce: m.Nonce, At: d.time(m.At), Extra: unknown(m)}
 	case *storepb.Host:
@@ -218,7 +226,7 @@ func (d *decoder) pool(m *storepb.Pool) *alloc.Pool {
 			Over:    domain(d, actions, m.Policy.GetOver()),
 			Unknown: domain(d, actions, m.Policy.GetUnknown()),
 		},
-		Format: int(m.Format), Nonce: m.Nonce, PolicyExtra: unknown(m.Policy), Extra: unknown(m),
+		Format: int(m.Format), Nonce: m.Nonce, Target: d.target(m.Target), PolicyExtra: unknown(m.Policy), Extra: unknown(m),
 	}
 }
 
@@ -286,4 +294,12 @@ func (d *decoder) marks(ms []*storepb.RequestMark) (rs []alloc.RequestMark) {
 		rs = append(rs, alloc.RequestMark{ID: m.Id, Digest: d.digest(m.Digest)})
 	}
 	return rs
+}
+
+// target is a generation, or 0 for none.
+func (d *decoder) target(g uint32) alloc.Generation {
+	if g == 0 {
+		return 0
+	}
+	return d.generation(g)
 }

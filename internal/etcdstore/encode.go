@@ -78,6 +78,13 @@ func (e *encoder) record(rec alloc.Record) proto.Message {
 		return e.pool(r)
 	case *alloc.Counter:
 		return extra(&storepb.Counter{Generation: uint32(r.Generation), Next: r.Next, Nonce: r.Nonce}, r.Extra)
+	case *alloc.Server:
+		return extra(&storepb.Server{Name: r.Name, Incarnation: r.Incarnation, Nonce: r.Nonce, Started: e.time(r.Started)}, r.Extra)
+	case *alloc.Slot:
+		if r.N < 0 || int64(r.N) > int64(^uint32(0)) {
+			e.fail("slot %d is out of range", r.N)
+		}
+		return extra(&storepb.Slot{Server: r.Server, Life: r.Life, N: uint32(r.N), Writes: r.Writes, Nonce: r.Nonce}, r.Extra)
 	case *alloc.Lane:
 		return extra(&storepb.Lane{Id: r.ID, Left: ranges(r.Left), Nonce: r.Nonce, At: e.time(r.At)}, r.Extra)
 	case *alloc.Host:
@@ -120,7 +127,7 @@ func (e *encoder) pool(p *alloc.Pool) proto.Message {
 			Over:    stored(e, actions, p.Policy.Over),
 			Unknown: stored(e, actions, p.Policy.Unknown),
 		}, p.PolicyExtra),
-		Format: uint32(p.Format), Nonce: p.Nonce,
+		Format: uint32(p.Format), Nonce: p.Nonce, Target: uint32(p.Target),
 	}, p.Extra)
 }
 

@@ -19,6 +19,10 @@ func newRecord(k alloc.Kind) alloc.Record {
 		return new(alloc.Pool)
 	case alloc.KindCounter:
 		return new(alloc.Counter)
+	case alloc.KindServer:
+		return new(alloc.Server)
+	case alloc.KindSlot:
+		return new(alloc.Slot)
 	case alloc.KindLane:
 		return new(alloc.Lane)
 	case alloc.KindHost:

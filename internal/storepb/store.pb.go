@@ -10,7 +10,7 @@
 // range of keys has those others.
 //
 // How it may change. Field numbers and enum values are never used twice. A newer version may add
-// fields to the records (Pool, Counter, Lane, Host, Sandbox, OldStint, Checkpoint, Request, Aside) and to
+// fields to the records (Pool, Counter, Server, Slot, Lane, Host, Sandbox, OldStint, Checkpoint, Request, Aside) and to
 // Policy, Claim, Binding and Stint: an older version keeps what it does not know there and writes it back. All
 // other messages are closed: they are identities and numbers that are compared as a whole, and never
 // grow; what belongs to them goes into the message around them. An older version refuses a record
@@ -487,7 +487,9 @@ type Pool struct {
 	// The format of all records; a newer one than the reader's is refused.
 	Format uint32 `protobuf:"varint,5,opt,name=format,proto3" json:"format,omitempty"`
 	// Random, drawn anew with every generation.
-	Nonce         string `protobuf:"bytes,6,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	Nonce string `protobuf:"bytes,6,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	// While it is recovering, the least generation in which it may open again; 0 for the next one.
+	Target        uint32 `protobuf:"varint,7,opt,name=target,proto3" json:"target,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -562,6 +564,13 @@ func (x *Pool) GetNonce() string {
 		return x.Nonce
 	}
 	return ""
+}
+
+func (x *Pool) GetTarget() uint32 {
+	if x != nil {
+		return x.Target
+	}
+	return 0
 }
 
 // Policy says what a restore gets when it is not the straight continuation of its sandbox.
@@ -692,6 +701,161 @@ func (x *Counter) GetNonce() string {
 	return ""
 }
 
+// Server is a server of the pool, under server/NAME.
+type Server struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The server's name; the key repeats it.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The count of its lives.
+	Incarnation uint64 `protobuf:"varint,2,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	// Random, drawn anew with every life.
+	Nonce string `protobuf:"bytes,3,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	// When this life began, by the server's clock.
+	Started       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=started,proto3" json:"started,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Server) Reset() {
+	*x = Server{}
+	mi := &file_store_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Server) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Server) ProtoMessage() {}
+
+func (x *Server) ProtoReflect() protoreflect.Message {
+	mi := &file_store_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Server.ProtoReflect.Descriptor instead.
+func (*Server) Descriptor() ([]byte, []int) {
+	return file_store_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Server) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Server) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *Server) GetNonce() string {
+	if x != nil {
+		return x.Nonce
+	}
+	return ""
+}
+
+func (x *Server) GetStarted() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Started
+	}
+	return nil
+}
+
+// Slot is a place that the writes of one life of a server go through, under _slot/NAME/LIFE/N.
+type Slot struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The server's name.
+	Server string `protobuf:"bytes,1,opt,name=server,proto3" json:"server,omitempty"`
+	// The life's nonce.
+	Life string `protobuf:"bytes,2,opt,name=life,proto3" json:"life,omitempty"`
+	// The slot's number.
+	N uint32 `protobuf:"varint,3,opt,name=n,proto3" json:"n,omitempty"`
+	// How many writes went through it.
+	Writes uint64 `protobuf:"varint,4,opt,name=writes,proto3" json:"writes,omitempty"`
+	// Random, drawn anew with every write.
+	Nonce         string `protobuf:"bytes,5,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Slot) Reset() {
+	*x = Slot{}
+	mi := &file_store_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Slot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Slot) ProtoMessage() {}
+
+func (x *Slot) ProtoReflect() protoreflect.Message {
+	mi := &file_store_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Slot.ProtoReflect.Descriptor instead.
+func (*Slot) Descriptor() ([]byte, []int) {
+	return file_store_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Slot) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *Slot) GetLife() string {
+	if x != nil {
+		return x.Life
+	}
+	return ""
+}
+
+func (x *Slot) GetN() uint32 {
+	if x != nil {
+		return x.N
+	}
+	return 0
+}
+
+func (x *Slot) GetWrites() uint64 {
+	if x != nil {
+		return x.Writes
+	}
+	return 0
+}
+
+func (x *Slot) GetNonce() string {
+	if x != nil {
+		return x.Nonce
+	}
+	return ""
+}
+
 // Lane is what one lane of one server issues from, under _lane/ID.
 type Lane struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -709,7 +873,7 @@ type Lane struct {
 
 func (x *Lane) Reset() {
 	*x = Lane{}
-	mi := &file_store_proto_msgTypes[3]
+	mi := &file_store_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -721,7 +885,7 @@ func (x *Lane) String() string {
 func (*Lane) ProtoMessage() {}
 
 func (x *Lane) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[3]
+	mi := &file_store_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -734,7 +898,7 @@ func (x *Lane) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lane.ProtoReflect.Descriptor instead.
 func (*Lane) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{3}
+	return file_store_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Lane) GetId() string {
@@ -778,7 +942,7 @@ type Range struct {
 
 func (x *Range) Reset() {
 	*x = Range{}
-	mi := &file_store_proto_msgTypes[4]
+	mi := &file_store_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -790,7 +954,7 @@ func (x *Range) String() string {
 func (*Range) ProtoMessage() {}
 
 func (x *Range) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[4]
+	mi := &file_store_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -803,7 +967,7 @@ func (x *Range) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Range.ProtoReflect.Descriptor instead.
 func (*Range) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{4}
+	return file_store_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Range) GetFirst() uint64 {
@@ -838,7 +1002,7 @@ type RequestMark struct {
 
 func (x *RequestMark) Reset() {
 	*x = RequestMark{}
-	mi := &file_store_proto_msgTypes[5]
+	mi := &file_store_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -850,7 +1014,7 @@ func (x *RequestMark) String() string {
 func (*RequestMark) ProtoMessage() {}
 
 func (x *RequestMark) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[5]
+	mi := &file_store_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -863,7 +1027,7 @@ func (x *RequestMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestMark.ProtoReflect.Descriptor instead.
 func (*RequestMark) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{5}
+	return file_store_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RequestMark) GetId() string {
@@ -907,7 +1071,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_store_proto_msgTypes[6]
+	mi := &file_store_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -919,7 +1083,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[6]
+	mi := &file_store_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -932,7 +1096,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{6}
+	return file_store_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Host) GetName() string {
@@ -1035,7 +1199,7 @@ type Sandbox struct {
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_store_proto_msgTypes[7]
+	mi := &file_store_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1047,7 +1211,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[7]
+	mi := &file_store_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1060,7 +1224,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{7}
+	return file_store_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Sandbox) GetSerial() uint64 {
@@ -1182,7 +1346,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_store_proto_msgTypes[8]
+	mi := &file_store_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1194,7 +1358,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[8]
+	mi := &file_store_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1207,7 +1371,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{8}
+	return file_store_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Binding) GetSerial() uint64 {
@@ -1269,7 +1433,7 @@ type KernelID struct {
 
 func (x *KernelID) Reset() {
 	*x = KernelID{}
-	mi := &file_store_proto_msgTypes[9]
+	mi := &file_store_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1281,7 +1445,7 @@ func (x *KernelID) String() string {
 func (*KernelID) ProtoMessage() {}
 
 func (x *KernelID) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[9]
+	mi := &file_store_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1294,7 +1458,7 @@ func (x *KernelID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelID.ProtoReflect.Descriptor instead.
 func (*KernelID) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{9}
+	return file_store_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *KernelID) GetBootId() string {
@@ -1350,7 +1514,7 @@ type Stint struct {
 
 func (x *Stint) Reset() {
 	*x = Stint{}
-	mi := &file_store_proto_msgTypes[10]
+	mi := &file_store_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1362,7 +1526,7 @@ func (x *Stint) String() string {
 func (*Stint) ProtoMessage() {}
 
 func (x *Stint) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[10]
+	mi := &file_store_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1375,7 +1539,7 @@ func (x *Stint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stint.ProtoReflect.Descriptor instead.
 func (*Stint) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{10}
+	return file_store_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Stint) GetHost() string {
@@ -1449,7 +1613,7 @@ type Claimant struct {
 
 func (x *Claimant) Reset() {
 	*x = Claimant{}
-	mi := &file_store_proto_msgTypes[11]
+	mi := &file_store_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1461,7 +1625,7 @@ func (x *Claimant) String() string {
 func (*Claimant) ProtoMessage() {}
 
 func (x *Claimant) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[11]
+	mi := &file_store_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1474,7 +1638,7 @@ func (x *Claimant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Claimant.ProtoReflect.Descriptor instead.
 func (*Claimant) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{11}
+	return file_store_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Claimant) GetHost() string {
@@ -1513,7 +1677,7 @@ type Claim struct {
 
 func (x *Claim) Reset() {
 	*x = Claim{}
-	mi := &file_store_proto_msgTypes[12]
+	mi := &file_store_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1525,7 +1689,7 @@ func (x *Claim) String() string {
 func (*Claim) ProtoMessage() {}
 
 func (x *Claim) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[12]
+	mi := &file_store_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1538,7 +1702,7 @@ func (x *Claim) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Claim.ProtoReflect.Descriptor instead.
 func (*Claim) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{12}
+	return file_store_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Claim) GetClaimant() *Claimant {
@@ -1575,7 +1739,7 @@ type Parent struct {
 
 func (x *Parent) Reset() {
 	*x = Parent{}
-	mi := &file_store_proto_msgTypes[13]
+	mi := &file_store_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1587,7 +1751,7 @@ func (x *Parent) String() string {
 func (*Parent) ProtoMessage() {}
 
 func (x *Parent) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[13]
+	mi := &file_store_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1600,7 +1764,7 @@ func (x *Parent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Parent.ProtoReflect.Descriptor instead.
 func (*Parent) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{13}
+	return file_store_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Parent) GetSandbox() uint64 {
@@ -1630,7 +1794,7 @@ type OldStint struct {
 
 func (x *OldStint) Reset() {
 	*x = OldStint{}
-	mi := &file_store_proto_msgTypes[14]
+	mi := &file_store_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1642,7 +1806,7 @@ func (x *OldStint) String() string {
 func (*OldStint) ProtoMessage() {}
 
 func (x *OldStint) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[14]
+	mi := &file_store_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1655,7 +1819,7 @@ func (x *OldStint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OldStint.ProtoReflect.Descriptor instead.
 func (*OldStint) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{14}
+	return file_store_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *OldStint) GetSandbox() uint64 {
@@ -1701,7 +1865,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_store_proto_msgTypes[15]
+	mi := &file_store_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1713,7 +1877,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[15]
+	mi := &file_store_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1726,7 +1890,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{15}
+	return file_store_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Checkpoint) GetSerial() uint64 {
@@ -1816,7 +1980,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_store_proto_msgTypes[16]
+	mi := &file_store_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1828,7 +1992,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[16]
+	mi := &file_store_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1841,7 +2005,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{16}
+	return file_store_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Request) GetId() string {
@@ -1896,7 +2060,7 @@ type Aside struct {
 
 func (x *Aside) Reset() {
 	*x = Aside{}
-	mi := &file_store_proto_msgTypes[17]
+	mi := &file_store_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1908,7 +2072,7 @@ func (x *Aside) String() string {
 func (*Aside) ProtoMessage() {}
 
 func (x *Aside) ProtoReflect() protoreflect.Message {
-	mi := &file_store_proto_msgTypes[17]
+	mi := &file_store_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1921,7 +2085,7 @@ func (x *Aside) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Aside.ProtoReflect.Descriptor instead.
 func (*Aside) Descriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{17}
+	return file_store_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Aside) GetRequest() string {
@@ -1977,7 +2141,7 @@ var File_store_proto protoreflect.FileDescriptor
 
 const file_store_proto_rawDesc = "" +
 	"\n" +
-	"\vstore.proto\x12\x10nsalloc.store.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcd\x01\n" +
+	"\vstore.proto\x12\x10nsalloc.store.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe5\x01\n" +
 	"\x04Pool\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x1e\n" +
 	"\n" +
@@ -1986,7 +2150,8 @@ const file_store_proto_rawDesc = "" +
 	"\x05state\x18\x03 \x01(\x0e2\x1b.nsalloc.store.v1.PoolStateR\x05state\x120\n" +
 	"\x06policy\x18\x04 \x01(\v2\x18.nsalloc.store.v1.PolicyR\x06policy\x12\x16\n" +
 	"\x06format\x18\x05 \x01(\rR\x06format\x12\x14\n" +
-	"\x05nonce\x18\x06 \x01(\tR\x05nonce\"\x98\x01\n" +
+	"\x05nonce\x18\x06 \x01(\tR\x05nonce\x12\x16\n" +
+	"\x06target\x18\a \x01(\rR\x06target\"\x98\x01\n" +
 	"\x06Policy\x12,\n" +
 	"\x04live\x18\x01 \x01(\x0e2\x18.nsalloc.store.v1.ActionR\x04live\x12,\n" +
 	"\x04over\x18\x02 \x01(\x0e2\x18.nsalloc.store.v1.ActionR\x04over\x122\n" +
@@ -1996,7 +2161,18 @@ const file_store_proto_rawDesc = "" +
 	"generation\x18\x01 \x01(\rR\n" +
 	"generation\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\x06R\x04next\x12\x14\n" +
-	"\x05nonce\x18\x03 \x01(\tR\x05nonce\"\x85\x01\n" +
+	"\x05nonce\x18\x03 \x01(\tR\x05nonce\"\x8a\x01\n" +
+	"\x06Server\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
+	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x14\n" +
+	"\x05nonce\x18\x03 \x01(\tR\x05nonce\x124\n" +
+	"\astarted\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\"n\n" +
+	"\x04Slot\x12\x16\n" +
+	"\x06server\x18\x01 \x01(\tR\x06server\x12\x12\n" +
+	"\x04life\x18\x02 \x01(\tR\x04life\x12\f\n" +
+	"\x01n\x18\x03 \x01(\rR\x01n\x12\x16\n" +
+	"\x06writes\x18\x04 \x01(\x04R\x06writes\x12\x14\n" +
+	"\x05nonce\x18\x05 \x01(\tR\x05nonce\"\x85\x01\n" +
 	"\x04Lane\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12+\n" +
 	"\x04left\x18\x02 \x03(\v2\x17.nsalloc.store.v1.RangeR\x04left\x12\x14\n" +
@@ -2167,7 +2343,7 @@ func file_store_proto_rawDescGZIP() []byte {
 }
 
 var file_store_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_store_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_store_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_store_proto_goTypes = []any{
 	(PoolState)(0),                // 0: nsalloc.store.v1.PoolState
 	(Action)(0),                   // 1: nsalloc.store.v1.Action
@@ -2179,24 +2355,26 @@ var file_store_proto_goTypes = []any{
 	(*Pool)(nil),                  // 7: nsalloc.store.v1.Pool
 	(*Policy)(nil),                // 8: nsalloc.store.v1.Policy
 	(*Counter)(nil),               // 9: nsalloc.store.v1.Counter
-	(*Lane)(nil),                  // 10: nsalloc.store.v1.Lane
-	(*Range)(nil),                 // 11: nsalloc.store.v1.Range
-	(*RequestMark)(nil),           // 12: nsalloc.store.v1.RequestMark
-	(*Host)(nil),                  // 13: nsalloc.store.v1.Host
-	(*Sandbox)(nil),               // 14: nsalloc.store.v1.Sandbox
-	(*Binding)(nil),               // 15: nsalloc.store.v1.Binding
-	(*KernelID)(nil),              // 16: nsalloc.store.v1.KernelID
-	(*Stint)(nil),                 // 17: nsalloc.store.v1.Stint
-	(*Claimant)(nil),              // 18: nsalloc.store.v1.Claimant
-	(*Claim)(nil),                 // 19: nsalloc.store.v1.Claim
-	(*Parent)(nil),                // 20: nsalloc.store.v1.Parent
-	(*OldStint)(nil),              // 21: nsalloc.store.v1.OldStint
-	(*Checkpoint)(nil),            // 22: nsalloc.store.v1.Checkpoint
-	(*Request)(nil),               // 23: nsalloc.store.v1.Request
-	(*Aside)(nil),                 // 24: nsalloc.store.v1.Aside
-	nil,                           // 25: nsalloc.store.v1.Host.LabelsEntry
-	nil,                           // 26: nsalloc.store.v1.Sandbox.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
+	(*Server)(nil),                // 10: nsalloc.store.v1.Server
+	(*Slot)(nil),                  // 11: nsalloc.store.v1.Slot
+	(*Lane)(nil),                  // 12: nsalloc.store.v1.Lane
+	(*Range)(nil),                 // 13: nsalloc.store.v1.Range
+	(*RequestMark)(nil),           // 14: nsalloc.store.v1.RequestMark
+	(*Host)(nil),                  // 15: nsalloc.store.v1.Host
+	(*Sandbox)(nil),               // 16: nsalloc.store.v1.Sandbox
+	(*Binding)(nil),               // 17: nsalloc.store.v1.Binding
+	(*KernelID)(nil),              // 18: nsalloc.store.v1.KernelID
+	(*Stint)(nil),                 // 19: nsalloc.store.v1.Stint
+	(*Claimant)(nil),              // 20: nsalloc.store.v1.Claimant
+	(*Claim)(nil),                 // 21: nsalloc.store.v1.Claim
+	(*Parent)(nil),                // 22: nsalloc.store.v1.Parent
+	(*OldStint)(nil),              // 23: nsalloc.store.v1.OldStint
+	(*Checkpoint)(nil),            // 24: nsalloc.store.v1.Checkpoint
+	(*Request)(nil),               // 25: nsalloc.store.v1.Request
+	(*Aside)(nil),                 // 26: nsalloc.store.v1.Aside
+	nil,                           // 27: nsalloc.store.v1.Host.LabelsEntry
+	nil,                           // 28: nsalloc.store.v1.Sandbox.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
 }
 var file_store_proto_depIdxs = []int32{
 	0,  // 0: nsalloc.store.v1.Pool.state:type_name -> nsalloc.store.v1.PoolState
@@ -2204,43 +2382,44 @@ var file_store_proto_depIdxs = []int32{
 	1,  // 2: nsalloc.store.v1.Policy.live:type_name -> nsalloc.store.v1.Action
 	1,  // 3: nsalloc.store.v1.Policy.over:type_name -> nsalloc.store.v1.Action
 	1,  // 4: nsalloc.store.v1.Policy.unknown:type_name -> nsalloc.store.v1.Action
-	11, // 5: nsalloc.store.v1.Lane.left:type_name -> nsalloc.store.v1.Range
-	27, // 6: nsalloc.store.v1.Lane.at:type_name -> google.protobuf.Timestamp
-	11, // 7: nsalloc.store.v1.Host.granted:type_name -> nsalloc.store.v1.Range
-	25, // 8: nsalloc.store.v1.Host.labels:type_name -> nsalloc.store.v1.Host.LabelsEntry
-	27, // 9: nsalloc.store.v1.Host.hello:type_name -> google.protobuf.Timestamp
-	12, // 10: nsalloc.store.v1.Host.requests:type_name -> nsalloc.store.v1.RequestMark
-	2,  // 11: nsalloc.store.v1.Sandbox.state:type_name -> nsalloc.store.v1.SandboxState
-	15, // 12: nsalloc.store.v1.Sandbox.bindings:type_name -> nsalloc.store.v1.Binding
-	17, // 13: nsalloc.store.v1.Sandbox.stints:type_name -> nsalloc.store.v1.Stint
-	26, // 14: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
-	19, // 15: nsalloc.store.v1.Sandbox.claim:type_name -> nsalloc.store.v1.Claim
-	20, // 16: nsalloc.store.v1.Sandbox.parent:type_name -> nsalloc.store.v1.Parent
-	27, // 17: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
-	12, // 18: nsalloc.store.v1.Sandbox.requests:type_name -> nsalloc.store.v1.RequestMark
-	4,  // 19: nsalloc.store.v1.Binding.type:type_name -> nsalloc.store.v1.NamespaceType
-	16, // 20: nsalloc.store.v1.Binding.kernel:type_name -> nsalloc.store.v1.KernelID
-	27, // 21: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
-	27, // 22: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
-	27, // 23: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
-	27, // 24: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
-	5,  // 25: nsalloc.store.v1.Stint.began:type_name -> nsalloc.store.v1.StintBegan
-	6,  // 26: nsalloc.store.v1.Stint.over:type_name -> nsalloc.store.v1.StintOver
-	18, // 27: nsalloc.store.v1.Claim.claimant:type_name -> nsalloc.store.v1.Claimant
-	2,  // 28: nsalloc.store.v1.Claim.from:type_name -> nsalloc.store.v1.SandboxState
-	17, // 29: nsalloc.store.v1.OldStint.stint:type_name -> nsalloc.store.v1.Stint
-	3,  // 30: nsalloc.store.v1.Checkpoint.state:type_name -> nsalloc.store.v1.CheckpointState
-	18, // 31: nsalloc.store.v1.Checkpoint.claimant:type_name -> nsalloc.store.v1.Claimant
-	27, // 32: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
-	27, // 33: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
-	11, // 34: nsalloc.store.v1.Request.ranges:type_name -> nsalloc.store.v1.Range
-	27, // 35: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
-	27, // 36: nsalloc.store.v1.Aside.at:type_name -> google.protobuf.Timestamp
-	37, // [37:37] is the sub-list for method output_type
-	37, // [37:37] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	29, // 5: nsalloc.store.v1.Server.started:type_name -> google.protobuf.Timestamp
+	13, // 6: nsalloc.store.v1.Lane.left:type_name -> nsalloc.store.v1.Range
+	29, // 7: nsalloc.store.v1.Lane.at:type_name -> google.protobuf.Timestamp
+	13, // 8: nsalloc.store.v1.Host.granted:type_name -> nsalloc.store.v1.Range
+	27, // 9: nsalloc.store.v1.Host.labels:type_name -> nsalloc.store.v1.Host.LabelsEntry
+	29, // 10: nsalloc.store.v1.Host.hello:type_name -> google.protobuf.Timestamp
+	14, // 11: nsalloc.store.v1.Host.requests:type_name -> nsalloc.store.v1.RequestMark
+	2,  // 12: nsalloc.store.v1.Sandbox.state:type_name -> nsalloc.store.v1.SandboxState
+	17, // 13: nsalloc.store.v1.Sandbox.bindings:type_name -> nsalloc.store.v1.Binding
+	19, // 14: nsalloc.store.v1.Sandbox.stints:type_name -> nsalloc.store.v1.Stint
+	28, // 15: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
+	21, // 16: nsalloc.store.v1.Sandbox.claim:type_name -> nsalloc.store.v1.Claim
+	22, // 17: nsalloc.store.v1.Sandbox.parent:type_name -> nsalloc.store.v1.Parent
+	29, // 18: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
+	14, // 19: nsalloc.store.v1.Sandbox.requests:type_name -> nsalloc.store.v1.RequestMark
+	4,  // 20: nsalloc.store.v1.Binding.type:type_name -> nsalloc.store.v1.NamespaceType
+	18, // 21: nsalloc.store.v1.Binding.kernel:type_name -> nsalloc.store.v1.KernelID
+	29, // 22: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
+	29, // 23: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
+	29, // 24: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
+	29, // 25: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
+	5,  // 26: nsalloc.store.v1.Stint.began:type_name -> nsalloc.store.v1.StintBegan
+	6,  // 27: nsalloc.store.v1.Stint.over:type_name -> nsalloc.store.v1.StintOver
+	20, // 28: nsalloc.store.v1.Claim.claimant:type_name -> nsalloc.store.v1.Claimant
+	2,  // 29: nsalloc.store.v1.Claim.from:type_name -> nsalloc.store.v1.SandboxState
+	19, // 30: nsalloc.store.v1.OldStint.stint:type_name -> nsalloc.store.v1.Stint
+	3,  // 31: nsalloc.store.v1.Checkpoint.state:type_name -> nsalloc.store.v1.CheckpointState
+	20, // 32: nsalloc.store.v1.Checkpoint.claimant:type_name -> nsalloc.store.v1.Claimant
+	29, // 33: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
+	29, // 34: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
+	13, // 35: nsalloc.store.v1.Request.ranges:type_name -> nsalloc.store.v1.Range
+	29, // 36: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
+	29, // 37: nsalloc.store.v1.Aside.at:type_name -> google.protobuf.Timestamp
+	38, // [38:38] is the sub-list for method output_type
+	38, // [38:38] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_store_proto_init() }
@@ -2254,7 +2433,7 @@ func file_store_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_store_proto_rawDesc), len(file_store_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   20,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -17,7 +17,7 @@ func (r all) mend(cmd MendCommand, begun bool) ([]move, error) {
 		return nil, r.why(Key{Kind: KindPool}).Err
 	}
 	switch {
-	case r.Pool.Format > FormatVersion, r.Pool.State != PoolOpen:
+	case r.Pool.Format > FormatVersion, r.Pool.State != PoolOpen && cmd.Kind != KindCounter:
 		return nil, r.Pool.check()
 	case begun && cmd.Kind != KindSandbox && cmd.Kind != KindCheckpoint:
 		return nil, nil // one transaction, and it has been committed
@@ -39,7 +39,7 @@ func (r all) mend(cmd MendCommand, begun bool) ([]move, error) {
 	case len(moves) == 0:
 		return nil, refuse(ReasonRecordNotFound, nameOf(key), "the pool has no such record")
 	}
-	if !begun && !cmd.Force && !slices.ContainsFunc(Check(r.Records), func(f Finding) bool { return slices.Contains(f.keys, key) }) {
+	if !begun && !cmd.Force && r.Pool.State == PoolOpen && !slices.ContainsFunc(Check(r.Records), func(f Finding) bool { return slices.Contains(f.keys, key) }) {
 		return nil, &Error{Reason: ReasonNothingToMend, Subject: nameOf(key), Msg: "nsalloc check finds nothing that mending it would help; nothing was changed",
 			Fix: "see what nsalloc check says; --force mends it all the same"}
 	}
@@ -316,6 +316,9 @@ func (r all) nextGeneration() ([]move, Ranges, error) {
 	if top > MaxGeneration {
 		top = 0
 	}
+	if r.Pool.Target > 0 && r.Pool.Target <= MaxGeneration {
+		top = max(top, r.Pool.Target-1)
+	}
 	if r.Counter != nil && r.Counter.Generation <= MaxGeneration-keptGenerations {
 		top = max(top, r.Counter.Generation)
 	}
@@ -354,6 +357,7 @@ func (r all) nextGeneration() ([]move, Ranges, error) {
 		{key: Key{Kind: KindPool}, with: func(now Entry, _ Revision) Record {
 			p := *now.Record.(*Pool)
 			p.Generation, p.Nonce = next, newNonce()
+			p.State, p.Target = PoolOpen, 0
 			return &p
 		}},
 		{key: Key{Kind: KindCounter}, whatever: true, with: func(now Entry, _ Revision) Record {

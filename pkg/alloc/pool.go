@@ -26,6 +26,9 @@ type Pool struct {
 	// Nonce is drawn anew with every generation, so that two recoveries that could not hear of each
 	// other are told apart.
 	Nonce string `json:"-"`
+	// Target, while State is PoolRecovering, is the least generation in which the pool may open again: later than
+	// all that those have seen who found that the store has lost history; 0 for the next one.
+	Target Generation `json:"target,omitempty"`
 	// PolicyExtra holds what a newer version stored in the policy. It stands here so that a Policy can be
 	// compared and replaced without it.
 	PolicyExtra []byte `json:"-"`
@@ -99,7 +102,7 @@ func (p *Pool) check() error {
 	case p.State != PoolOpen:
 		return &Error{Reason: ReasonRecovering, Subject: "pool " + p.UUID,
 			Msg: "the store may have lost history, nothing is issued until the generation was raised",
-			Fix: "wait; the servers' logs say what they wait for", RetryAfter: retrySoon}
+			Fix: "the servers' logs say what they have seen and the store has not: put back a newer snapshot of it; if there is none, begin the next generation: nsalloc pool recover", RetryAfter: retrySoon}
 	}
 	return nil
 }

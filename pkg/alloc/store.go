@@ -2,6 +2,7 @@ package alloc
 
 import (
 	"context"
+	"fmt"
 	"time"
 )
 
@@ -13,6 +14,8 @@ const (
 	KindPool       Kind = "pool"       // id empty
 	KindCounter    Kind = "counter"    // id empty
 	KindLane       Kind = "lane"       // 32 hex digits
+	KindServer     Kind = "server"     // NAME
+	KindSlot       Kind = "slot"       // NAME/NONCE/N
 	KindHost       Kind = "host"       // NAME
 	KindSandbox    Kind = "sandbox"    // SERIAL
 	KindStint      Kind = "stint"      // SERIAL/EPOCH, both as 16 hex digits
@@ -23,12 +26,12 @@ const (
 
 // Kinds are the kinds of records that there are many of, in the order in which they are read.
 func Kinds() []Kind {
-	return []Kind{KindHost, KindLane, KindSandbox, KindStint, KindCheckpoint, KindRequest, KindAside}
+	return []Kind{KindServer, KindSlot, KindHost, KindLane, KindSandbox, KindStint, KindCheckpoint, KindRequest, KindAside}
 }
 
 // Watched reports whether watches deliver the changes of records of a kind. They leave out those that every
 // Allocate changes: nobody follows them, and they would cost each server as much as issuing does.
-func (k Kind) Watched() bool { return k != KindLane && k != KindRequest }
+func (k Kind) Watched() bool { return k != KindLane && k != KindRequest && k != KindSlot }
 
 // Key names one record of one pool.
 type Key struct {
@@ -43,7 +46,7 @@ func (k Key) String() string {
 	return string(k.Kind) + "/" + k.ID
 }
 
-// Record is a value of the store: *Pool, *Counter, *Lane, *Host, *Sandbox, *OldStint, *Checkpoint, *Request
+// Record is a value of the store: *Pool, *Counter, *Server, *Slot, *Lane, *Host, *Sandbox, *OldStint, *Checkpoint, *Request
 // or *Aside.
 type Record interface{ Key() Key }
 
@@ -52,6 +55,14 @@ func (*Pool) Key() Key { return Key{Kind: KindPool} }
 
 // Key is counter.
 func (*Counter) Key() Key { return Key{Kind: KindCounter} }
+
+// Key is server/NAME.
+func (s *Server) Key() Key { return Key{Kind: KindServer, ID: s.Name} }
+
+// Key is slot/NAME/NONCE/N.
+func (s *Slot) Key() Key {
+	return Key{Kind: KindSlot, ID: fmt.Sprintf("%s/%s/%d", s.Server, s.Life, s.N)}
+}
 
 // Key is lane/ID.
 func (l *Lane) Key() Key { return Key{Kind: KindLane, ID: l.ID} }
@@ -84,6 +95,28 @@ func SandboxKey(s Serial) Key { return Key{Kind: KindSandbox, ID: s.String()} }
 
 // CheckpointKey is the key of a checkpoint's record.
 func CheckpointKey(s Serial) Key { return Key{Kind: KindCheckpoint, ID: s.String()} }
+
+// Server is a server of the pool, as the last of its lives has said of itself.
+type Server struct {
+	Name string `json:"name"`
+	// Incarnation counts its lives: one for each start.
+	Incarnation uint64 `json:"incarnation"`
+	// Nonce is the life's: a server that finds another one here has been taken over, or its store was put back.
+	Nonce   string    `json:"-"`
+	Started time.Time `json:"started"`
+	Extra   []byte    `json:"-"`
+}
+
+// Slot is a place that the writes of one life of a server go through, one at a time. Each counts, and draws a
+// nonce: whoever remembers the last one can tell a store that has forgotten it.
+type Slot struct {
+	Server string `json:"server"`
+	Life   string `json:"life"` // the Server's Nonce
+	N      int    `json:"n"`
+	Writes uint64 `json:"writes"`
+	Nonce  string `json:"-"`
+	Extra  []byte `json:"-"`
+}
 
 // OldStint is a stint that has moved out of its sandbox's record.
 type OldStint struct {

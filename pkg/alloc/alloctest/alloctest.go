@@ -74,6 +74,8 @@ func Records(t testing.TB) []alloc.Record {
 	return []alloc.Record{
 		&alloc.Pool{UUID: boot, Generation: 1, State: alloc.PoolOpen, Policy: alloc.DefaultPolicy(), Format: alloc.FormatVersion, Nonce: "n"},
 		&alloc.Counter{Generation: 1, Next: 7, Nonce: "n"},
+		&alloc.Server{Name: "s1", Incarnation: 3, Nonce: "n", Started: at},
+		&alloc.Slot{Server: "s1", Life: "0123456789abcdef0123456789abcdef", N: 5, Writes: 77, Nonce: "n"},
 		&alloc.Lane{ID: "0123456789abcdef0123456789abcdef", Left: ranges, Nonce: "n", At: at},
 		&alloc.Host{Name: "a", Incarnation: 1<<48 + 1, Nonce: "n", BootID: boot, Granted: ranges,
 			Labels: map[string]string{"rack": "r1"}, Hello: at, Requests: marks},

@@ -18,7 +18,7 @@ func testWatchLeavesOut(t *testing.T, s alloc.Store) {
 		}
 		put(t, s, rec)
 	}
-	last := commit(t, s, alloc.Tx{Put: []alloc.Record{&alloc.Lane{ID: "1"}, &alloc.Request{ID: "1"}, host("z", "1")}, Delete: []alloc.Key{recs[2].Key()}})
+	last := commit(t, s, alloc.Tx{Put: []alloc.Record{&alloc.Lane{ID: "1"}, &alloc.Request{ID: "1"}, host("z", "1")}, Delete: []alloc.Key{{Kind: alloc.KindLane, ID: "0123456789abcdef0123456789abcdef"}}})
 	var got []string
 	for _, c := range f.until(last) {
 		if c.Key != alloc.HostKey("z") {
