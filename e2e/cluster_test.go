@@ -68,7 +68,7 @@ func (p *program) kill() {
 	_ = p.cmd.Wait()
 }
 
-// cluster is an etcd of three members with its data on disk, and two servers over it.
+// cluster is an etcd with its data on disk, and two servers over it.
 type cluster struct {
 	t         testing.TB
 	dir       string
@@ -77,7 +77,8 @@ type cluster struct {
 	servers   []*program
 }
 
-func newCluster(t testing.TB) *cluster {
+// newCluster starts one of so many members.
+func newCluster(t testing.TB, members int) *cluster {
 	t.Helper()
 	c := &cluster{t: t, dir: t.TempDir()}
 	etcd := filepath.Join(c.dir, "etcd")
@@ -97,11 +98,11 @@ func newCluster(t testing.TB) *cluster {
 		}
 	})
 	var initial []string
-	ports := freePorts(t, 6)
-	for i := range 3 {
+	ports := freePorts(t, 2*members)
+	for i := range members {
 		initial = append(initial, fmt.Sprintf("m%d=http://127.0.0.1:%d", i, ports[2*i+1]))
 	}
-	for i := range 3 {
+	for i := range members {
 		name, url, peer := fmt.Sprintf("m%d", i), fmt.Sprintf("http://127.0.0.1:%d", ports[2*i]), fmt.Sprintf("http://127.0.0.1:%d", ports[2*i+1])
 		c.endpoints = append(c.endpoints, url)
 		c.members = append(c.members, &program{name: name, log: new(safeLog), alive: c.answers(url), args: []string{etcd,
@@ -118,7 +119,8 @@ func newCluster(t testing.TB) *cluster {
 	for i := range 2 {
 		socket := "unix://" + filepath.Join(c.dir, fmt.Sprintf("s%d.sock", i))
 		c.servers = append(c.servers, &program{name: fmt.Sprintf("s%d", i), log: new(safeLog), alive: c.serves(socket), args: []string{
-			filepath.Join(binaries, "nsalloc-server"), "--etcd", strings.Join(c.endpoints, ","), "--listen", socket}})
+			filepath.Join(binaries, "nsalloc-server"), "--etcd", strings.Join(c.endpoints, ","), "--listen", socket,
+			"--data-dir", filepath.Join(c.dir, fmt.Sprintf("s%d", i))}})
 	}
 	c.begin(c.servers...)
 	return c

@@ -111,7 +111,7 @@ func TestServersAndMembersKilled(t *testing.T) {
 			t.Fatalf("NSALLOC_FAULTS: %v", err)
 		}
 	}
-	c := newCluster(t)
+	c := newCluster(t, 3)
 	doors := [2]*client.Client{c.dial(0, ""), c.dial(1, "")}
 	ctx, end := context.WithCancel(t.Context())
 	defer end()

@@ -43,6 +43,7 @@ func (e *etcdFlags) add(f *pflag.FlagSet) {
 type config struct {
 	etcd      etcdFlags
 	dataDir   string
+	name      string
 	listen    []string
 	metrics   string
 	insecure  bool
@@ -80,7 +81,8 @@ When it listens it writes its addresses to standard output, one a line, and then
 	})
 	f := root.Flags()
 	cfg.etcd.add(f)
-	f.StringVar(&cfg.dataDir, "data-dir", defaultDataDir, "`DIR` for the etcd of its own")
+	f.StringVar(&cfg.dataDir, "data-dir", defaultDataDir, "`DIR` for what this server has seen of its pool, and for the etcd of its own. It is this server's alone, and never a copy of another's")
+	f.StringVar(&cfg.name, "name", "", "`NAME` of this server in the pool (default: of this machine, and kept in --data-dir)")
 	f.StringArrayVar(&cfg.listen, "listen", []string{defaultListen}, "`ADDRESS` to serve on, unix:///PATH or HOST:PORT; may be repeated. Port 0 takes a free one, without HOST it is loopback (all interfaces with --insecure)")
 	f.StringVar(&cfg.metrics, "metrics", "", "`HOST:PORT` for Prometheus metrics (default: none)")
 	f.BoolVar(&cfg.insecure, "insecure", false, "serve plain text to other machines, and believe the host names that they say")
@@ -121,8 +123,13 @@ func (c config) check() error {
 	if _, err := c.etcd.store(); err != nil {
 		return err
 	}
-	if len(c.etcd.urls) == 0 && c.dataDir == "" {
-		return usage("--data-dir is empty: where is the etcd of its own to be?")
+	if c.dataDir == "" {
+		return usage("--data-dir is empty: where is what this server has seen to be kept?")
+	}
+	if c.name != "" {
+		if err := alloc.ValidateName("server name", c.name); err != nil {
+			return usage("--name: %w", err)
+		}
 	}
 	if len(c.listen) == 0 {
 		return usage("--listen: no address")

@@ -7,7 +7,9 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -17,6 +19,7 @@ import (
 	"github.com/nsalloc/nsalloc/internal/etcdembed"
 	"github.com/nsalloc/nsalloc/internal/etcdstore"
 	"github.com/nsalloc/nsalloc/internal/server"
+	"github.com/nsalloc/nsalloc/internal/witness"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
@@ -57,7 +60,7 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, stdout io.Writer) 
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
 
-	s := server.New(server.Config{Store: st.Store, Insecure: cfg.insecure, Logger: log, Metrics: metrics})
+	s := server.New(server.Config{Store: st.witness, Insecure: cfg.insecure, Logger: log, Metrics: metrics})
 	plain := make([]net.Listener, 0, len(listeners))
 	for _, l := range listeners {
 		plain = append(plain, l.Listener)
@@ -65,6 +68,7 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, stdout io.Writer) 
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.Run(gctx, plain...) })
 	g.Go(func() error { return st.watch(gctx, log) })
+	g.Go(func() error { st.witness.Run(gctx); return nil })
 	g.Go(func() error { return st.missPool(gctx, s.Loaded(), cfg.etcd, log) })
 	g.Go(func() error { return announce(gctx, s.Loaded(), cfg.readyFile, lines, log, stdout) })
 	g.Go(func() error { return watchdog(gctx) })
@@ -136,11 +140,43 @@ func watchdog(ctx context.Context) error {
 // store is the pool's store with what it rests on.
 type store struct {
 	*etcdstore.Store
-	client *etcdstore.Client
-	etcd   *etcdembed.Server // nil: one that is not ours
+	client  *etcdstore.Client
+	etcd    *etcdembed.Server // nil: one that is not ours
+	witness *witness.Store
+	// connected is the witness, for the client, which is there before it.
+	connected *atomic.Pointer[witness.Store]
+	seen      *witness.File
+}
+
+// watched puts the witness in front of the store. Connections that were made before it was there count as
+// one that is not verified.
+func (s *store) watched(cfg config, log *slog.Logger) (err error) {
+	var fresh bool
+	if s.seen, fresh, err = witness.Open(filepath.Join(cfg.dataDir, "witness")); err != nil {
+		return err
+	}
+	if s.witness, err = witness.New(s.Store, cfg.name, s.seen, log, nil); err != nil {
+		return err
+	}
+	s.connected.Store(s.witness)
+	if fresh && len(cfg.etcd.urls) > 0 {
+		log.Info("this server has seen nothing of its pool yet: from now on it notices when the store loses history", "server", s.witness.Name(), "data_dir", cfg.dataDir)
+	}
+	return nil
 }
 
 func openStore(ctx context.Context, cfg config, log *slog.Logger) (*store, error) {
+	st, err := openEtcd(ctx, cfg, log)
+	if err != nil {
+		return nil, err
+	}
+	if err := st.watched(cfg, log); err != nil {
+		return nil, errors.Join(err, st.Close())
+	}
+	return st, nil
+}
+
+func openEtcd(ctx context.Context, cfg config, log *slog.Logger) (*store, error) {
 	if len(cfg.etcd.urls) > 0 {
 		if plain := cfg.etcd.plainRemote(); plain != "" {
 			log.WarnContext(ctx, "etcd is reached in plain text: whoever sits between can change serials; use https with client certificates", "etcd", plain)
@@ -173,6 +209,12 @@ func (e etcdFlags) open() (*store, error) {
 	if err != nil {
 		return nil, err
 	}
+	connected := new(atomic.Pointer[witness.Store])
+	cfg.Connected = func() {
+		if w := connected.Load(); w != nil {
+			w.Connected()
+		}
+	}
 	client, err := etcdstore.Dial(cfg)
 	if err != nil {
 		return nil, err
@@ -181,7 +223,7 @@ func (e etcdFlags) open() (*store, error) {
 	if err != nil {
 		return nil, errors.Join(err, client.Close())
 	}
-	return &store{Store: st, client: client}, nil
+	return &store{Store: st, client: client, connected: connected}, nil
 }
 
 // watch notices an etcd of ours that stopped by itself, and looks once at one that is not.
@@ -224,6 +266,9 @@ func (s *store) missPool(ctx context.Context, loaded <-chan struct{}, etcd etcdF
 
 func (s *store) Close() error {
 	err := s.client.Close()
+	if s.seen != nil {
+		err = errors.Join(err, s.seen.Close())
+	}
 	if s.etcd != nil {
 		err = errors.Join(err, s.etcd.Close())
 	}

@@ -19,7 +19,7 @@ import (
 )
 
 func (c *cli) poolCommand() *cobra.Command {
-	return group("pool", "The pool: the hosts among which containers move", c.poolStatusCommand(), c.poolInitCommand())
+	return group("pool", "The pool: the hosts among which containers move", c.poolStatusCommand(), c.poolInitCommand(), c.poolRecoverCommand())
 }
 
 func (c *cli) poolStatusCommand() *cobra.Command {
@@ -43,12 +43,38 @@ func (c *cli) poolStatusCommand() *cobra.Command {
 	}
 }
 
+func (c *cli) poolRecoverCommand() *cobra.Command {
+	var yes bool
+	cmd := &cobra.Command{
+		Use:   "recover [--yes]",
+		Short: "Open a pool whose store has lost history, in its next generation",
+		Long: `Open a pool that a server has closed because its store has lost history, in a later generation.
+
+A store that was put back to an older snapshot knows nothing of what was written since: which serials were
+issued, which sandboxes there are, who owns them. The servers' logs say what they have seen and the store has
+not. If there is a newer snapshot, put that back instead: then nothing is lost.
+
+No serial that was issued is issued again: the pool goes into a generation that nobody has seen, and its counter
+begins at a random point of it. What is left of all ranges is burned. Sandboxes that the store has forgotten are
+registered again by their hosts' agents under fresh serials, and the agents say so loudly; of hand-offs that it
+has forgotten the images are all that is left: keep them.`,
+		Example: "  nsalloc pool recover",
+		Args:    usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c.takesLong(cmd)
+			return c.mend(cmd.Context(), []string{string(alloc.KindCounter)}, mendFlags{yes: yes, force: true})
+		},
+	}
+	cmd.Flags().BoolVar(&yes, "yes", false, "recover without asking")
+	return cmd
+}
+
 func (c *cli) printPool(d poolDoc, l *alloc.Level) error {
 	f := fields{}
 	f.add("Pool", in(styleKey, d.UUID))
 	state := in(styleGood, d.State)
 	if d.State != string(alloc.PoolOpen) {
-		state = in(styleBad, d.State+": nothing is issued until the generation was raised")
+		state = in(styleBad, d.State+": its store has lost history, and nothing is issued; nsalloc pool recover --help")
 	}
 	f.add("State", state)
 	f.add("Generation", fmt.Sprintf("%d (serials begin with %04x)", d.Generation, d.Generation))

@@ -7,7 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -54,9 +57,11 @@ type pending struct {
 	token alloc.Token
 }
 
-// New puts a witness between a server and its store. name is the server's in the pool.
+// New puts a witness between a server and its store. name is the server's in the pool; "" is the one that the
+// witness has, or, when it is new, one that is made of the machine's name and never changes.
 func New(store alloc.Store, name string, file *File, log *slog.Logger, now func() time.Time) (*Store, error) {
-	if err := alloc.ValidateName("server name", name); err != nil {
+	name, err := named(name, file)
+	if err != nil {
 		return nil, err
 	}
 	if now == nil {
@@ -65,6 +70,51 @@ func New(store alloc.Store, name string, file *File, log *slog.Logger, now func(
 	return &Store{Store: store, name: name, file: file, log: log, now: func() time.Time { return now().UTC().Round(0) },
 		verifying: make(chan struct{}, 1), made: 1, freed: make(chan struct{})}, nil
 }
+
+// named settles the server's name, on disk.
+func named(name string, file *File) (string, error) {
+	had := file.Seen().Server
+	switch {
+	case name == "" && had != "":
+		return had, nil
+	case name == "":
+		host, _ := os.Hostname()
+		host = strings.Trim(notInNames.ReplaceAllString(strings.ToLower(host), "-"), ".-")
+		name = strings.TrimLeft(host[:min(len(host), 50)]+"-", "-") + newNonce()[:8]
+	case had != "" && had != name:
+		return "", &alloc.Error{Reason: alloc.ReasonInvalid, Subject: "server " + name, Msg: fmt.Sprintf("the witness %s is of server %s", file.path, had),
+			Fix: "give it that --name, or a state directory of its own"}
+	}
+	if err := alloc.ValidateName("server name", name); err != nil {
+		return "", err
+	}
+	return name, file.Update(func(seen *Seen) { seen.Server = name })
+}
+
+var notInNames = regexp.MustCompile(`[^a-z0-9.-]`)
+
+// verifyEvery is the pause between two looks at a store that is not sound.
+const verifyEvery = time.Second
+
+// Run verifies the store after each new connection, until ctx ends, so that it is known before anybody
+// writes whether that store is sound.
+func (s *Store) Run(ctx context.Context) {
+	t := time.NewTicker(verifyEvery)
+	defer t.Stop()
+	for {
+		once, cancel := context.WithTimeout(ctx, 10*time.Second)
+		_, _ = s.sound(once) // it says in the log what is wrong
+		cancel()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Name is the server's.
+func (s *Store) Name() string { return s.name }
 
 // Connected says that a connection to the store was made, over which nothing is to be written before it is
 // verified. It does not block.

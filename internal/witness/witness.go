@@ -26,6 +26,8 @@ import (
 
 // Seen is what a server remembers of its pool. The zero Seen remembers nothing.
 type Seen struct {
+	// Server is the server's name.
+	Server string `json:"server"`
 	// Pool is the pool's UUID, Generation and PoolNonce are those of its record.
 	Pool       string           `json:"pool"`
 	Generation alloc.Generation `json:"generation"`
