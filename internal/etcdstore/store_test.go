@@ -324,7 +324,7 @@ func TestWatchOfLargeRecords(t *testing.T) {
 func TestUnknownKindsAreLeftAlone(t *testing.T) {
 	s := newStore(t, shared.Endpoint())
 	from := put(t, s, host("a", "1"))
-	resp, err := s.client.etcd.Put(t.Context(), s.keys.prefix+"server/x", "y")
+	resp, err := s.client.etcd.Put(t.Context(), s.keys.prefix+"future/x", "y")
 	if err != nil {
 		t.Fatal(err)
 	}
