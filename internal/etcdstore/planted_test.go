@@ -133,6 +133,78 @@ func TestGrowingMessages(t *testing.T) {
 	}
 }
 
+// TestPlainSandbox: what newer refuses in a sandbox is not plain, wherever it stands, and a sandbox of this
+// version is.
+func TestPlainSandbox(t *testing.T) {
+	whole := func() *storepb.Sandbox {
+		m := new(storepb.Sandbox)
+		populate(m.ProtoReflect())
+		m.Claim = nil
+		return m
+	}
+	if m := whole(); !plain(m) || newer(m.ProtoReflect(), true) != nil {
+		t.Fatalf("of this version: plain is %v, newer says %v", plain(m), newer(m.ProtoReflect(), true))
+	}
+	spoiled := 0
+	for m := whole(); spoilNth(m.ProtoReflect(), new(spoiled)); m = whole() {
+		if err := newer(m.ProtoReflect(), true); plain(m) && err != nil {
+			t.Errorf("plain, and newer says: %v", err)
+		}
+		spoiled++
+	}
+	if spoiled < 15 {
+		t.Errorf("%d places were spoiled", spoiled)
+	}
+	m := new(storepb.Sandbox)
+	populate(m.ProtoReflect())
+	if plain(m) {
+		t.Error("one with a claim is plain")
+	}
+}
+
+// populate gives every field of m a value of this version, down to the last message.
+func populate(m protoreflect.Message) {
+	for i := range m.Descriptor().Fields().Len() {
+		f := m.Descriptor().Fields().Get(i)
+		switch {
+		case f.IsMap():
+		case f.IsList() && f.Message() != nil:
+			populate(m.Mutable(f).List().AppendMutable().Message())
+			populate(m.Mutable(f).List().AppendMutable().Message())
+		case f.Message() != nil:
+			populate(m.Mutable(f).Message())
+		case f.Enum() != nil:
+			m.Set(f, protoreflect.ValueOfEnum(1))
+		}
+	}
+}
+
+// spoilNth makes the nth enumeration or message a newer version's, and reports false when there are fewer.
+func spoilNth(m protoreflect.Message, n *int) (done bool) {
+	if *n--; *n < 0 {
+		m.SetUnknown(protowire.AppendVarint(protowire.AppendTag(nil, 1000, protowire.VarintType), 1))
+		return true
+	}
+	for i := 0; i < m.Descriptor().Fields().Len() && !done; i++ {
+		f := m.Descriptor().Fields().Get(i)
+		switch {
+		case !m.Has(f) || f.IsMap():
+		case f.Enum() != nil:
+			if *n--; *n < 0 {
+				m.Set(f, protoreflect.ValueOfEnum(99))
+				done = true
+			}
+		case f.IsList():
+			for k := 0; k < m.Get(f).List().Len() && !done; k++ {
+				done = spoilNth(m.Get(f).List().Get(k).Message(), n)
+			}
+		case f.Message() != nil:
+			done = spoilNth(m.Mutable(f).Message(), n)
+		}
+	}
+	return done
+}
+
 // TestMend does what Check says over a real etcd, as pkg/alloc does over memory.
 func TestMend(t *testing.T) {
 	alloctest.TestMend(t, func(t *testing.T) alloctest.Planter { return planted{newStore(t, shared.Endpoint())} }, alloctest.OneOfEach())

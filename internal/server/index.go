@@ -4,10 +4,12 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"sync"
 
 	"google.golang.org/protobuf/proto"
+	"k8s.io/utils/third_party/forked/golang/btree"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
@@ -26,8 +28,10 @@ type index struct {
 
 	bySerial map[alloc.Serial]*entry // a sandbox's own serial, and those of all its bindings
 	byKernel map[kernelKey]*entry    // live namespaces of sandboxes that are on their owner host
-	order    []*entry                // by serial
-	owners   map[string][]*entry     // by owner, each by serial
+	// order is by serial. Hosts register in ranges that lie beside each other, so that most new sandboxes come
+	// somewhere in the middle. Those of one host come at its end, and a slice is less than a tree: owners.
+	order  *btree.BTree[*entry]
+	owners map[string][]*entry // by owner, each by serial
 
 	checkpoints map[alloc.Serial]*alloc.Checkpoint
 	cpOrder     []alloc.Serial
@@ -72,9 +76,13 @@ type kernelKey struct {
 	where  uint32 // place (27 bits), type (4 bits), and whether number is the id (1 bit)
 }
 
+// orderDegree makes nodes of 32 to 63 entries.
+const orderDegree = 32
+
 func newIndex() *index {
 	return &index{
-		bySerial: map[alloc.Serial]*entry{}, byKernel: map[kernelKey]*entry{}, owners: map[string][]*entry{},
+		bySerial: map[alloc.Serial]*entry{}, byKernel: map[kernelKey]*entry{},
+		order: btree.New(orderDegree, func(a, b *entry) bool { return a.serial < b.serial }), owners: map[string][]*entry{},
 		checkpoints: map[alloc.Serial]*alloc.Checkpoint{}, cpsOf: map[alloc.Serial][]alloc.Serial{}, byRun: map[string]alloc.Serial{},
 		hosts: map[string]*alloc.Host{}, unreadable: map[alloc.Key]error{}, unread: map[alloc.Kind]uint64{},
 		hiddenOf: map[alloc.Key]string{}, unreadOf: map[string]uint64{}, places: map[place]uint32{}, texts: map[string]string{},
@@ -199,7 +207,7 @@ func (ix *index) applySandbox(u update) {
 		if e == nil || e.serial != serial {
 			return
 		}
-		ix.order = without(ix.order, e)
+		ix.order.Delete(e)
 		ix.disown(e)
 		for _, s := range append(u.bindings, serial) {
 			if ix.bySerial[s] == e {
@@ -210,7 +218,7 @@ func (ix *index) applySandbox(u update) {
 	}
 	if e == nil || e.serial != serial {
 		e = &entry{serial: serial}
-		ix.order = with(ix.order, e)
+		ix.order.ReplaceOrInsert(e)
 	}
 	if e.owner != u.next.owner {
 		ix.disown(e)
@@ -268,6 +276,16 @@ func (ix *index) applyCheckpoint(u update) {
 	if c.RunID != "" && ix.byRun[c.RunID] <= serial {
 		ix.byRun[c.RunID] = serial
 	}
+}
+
+// after is an owner's sandboxes, or with "" the pool's, that have greater serials than after, in their order.
+func (ix *index) after(owner string, after alloc.Serial) iter.Seq[*entry] {
+	if owner == "" {
+		return func(yield func(*entry) bool) { ix.order.AscendGreaterOrEqual(&entry{serial: after + 1}, yield) }
+	}
+	list := ix.owners[owner]
+	at, _ := slices.BinarySearchFunc(list, after+1, bySerial)
+	return slices.Values(list[at:])
 }
 
 // sandbox finds by a sandbox's serial, a namespace's, or a checkpoint's.

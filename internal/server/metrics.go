@@ -129,8 +129,8 @@ func (c viewCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge(descRevision, float64(c.v.rev))
 	gauge(descLag, float64(max(c.v.newest.Load()-int64(c.v.rev), 0)))
 	ch <- prometheus.MustNewConstMetric(descLoads, prometheus.CounterValue, float64(c.v.loads))
-	gauge(descRecords, float64(len(c.v.ix.order)), "sandbox")
-	gauge(descRecords, float64(len(c.v.ix.bySerial)-len(c.v.ix.order)), "namespace")
+	gauge(descRecords, float64(c.v.ix.order.Len()), "sandbox")
+	gauge(descRecords, float64(len(c.v.ix.bySerial)-c.v.ix.order.Len()), "namespace")
 	gauge(descRecords, float64(len(c.v.ix.checkpoints)), "checkpoint")
 	gauge(descRecords, float64(len(c.v.ix.hosts)), "host")
 	for _, kind := range []alloc.Kind{alloc.KindPool, alloc.KindCounter, alloc.KindHost, alloc.KindSandbox, alloc.KindCheckpoint} {

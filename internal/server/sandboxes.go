@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"fmt"
-	"slices"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
@@ -136,16 +135,8 @@ func (s sandboxes) List(ctx context.Context, req *nsallocv1.SandboxesListRequest
 	more := false
 	rev, err := s.view.read(ctx, req.GetLinearizable(), func(ix *index) error {
 		unreadable = ix.leftOut(req.GetOwner())
-		list := ix.order
-		if req.GetOwner() != "" {
-			list = ix.owners[req.GetOwner()]
-		}
-		at, there := slices.BinarySearchFunc(list, after, bySerial)
-		if there {
-			at++
-		}
 		bytes := 0
-		for _, e := range list[at:] {
+		for e := range ix.after(req.GetOwner(), after) {
 			if len(req.GetStates()) > 0 && !states[e.state&7] {
 				continue
 			}

@@ -196,7 +196,7 @@ func (v *view) load(ctx context.Context) (alloc.Revision, error) {
 	v.poke()
 	v.tellAllUnreadable()
 	v.log.InfoContext(ctx, "the view of the store is loaded", "revision", rev, "pool", poolName(ix.pool), "hosts", len(ix.hosts),
-		"sandboxes", len(ix.order), "checkpoints", len(ix.checkpoints), "took", time.Since(began).Round(time.Millisecond))
+		"sandboxes", ix.order.Len(), "checkpoints", len(ix.checkpoints), "took", time.Since(began).Round(time.Millisecond))
 	return rev, nil
 }
 

@@ -285,16 +285,26 @@ func compare(t *testing.T, ix *index, plain map[alloc.Serial]*alloc.Sandbox) {
 		}
 		return out
 	}
-	if !slices.Equal(list(ix.order), order) {
-		t.Fatalf("order %v, want %v", list(ix.order), order)
+	if got := list(slices.Collect(ix.after("", 0))); !slices.Equal(got, order) || ix.order.Len() != len(order) {
+		t.Fatalf("order %v, want %v", got, order)
+	}
+	if len(order) > 0 {
+		// A page begins behind the last one's end, also when that sandbox is gone.
+		end := order[len(order)/2]
+		if got := list(slices.Collect(ix.after("", end))); !slices.Equal(got, order[len(order)/2+1:]) {
+			t.Fatalf("after %s: %v, want the end of %v", end, got, order)
+		}
+		if got := list(slices.Collect(ix.after("", end-1))); !slices.Equal(got, order[len(order)/2:]) {
+			t.Fatalf("after %s, which is not there: %v, want the end of %v", end-1, got, order)
+		}
 	}
 	if len(ix.owners) != len(owners) {
 		t.Fatalf("%d owners, want %d", len(ix.owners), len(owners))
 	}
 	for name, of := range owners {
 		slices.Sort(of)
-		if !slices.Equal(list(ix.owners[name]), of) {
-			t.Fatalf("owner %s: %v, want %v", name, list(ix.owners[name]), of)
+		if !slices.Equal(list(slices.Collect(ix.after(name, 0))), of) {
+			t.Fatalf("owner %s: %v, want %v", name, list(slices.Collect(ix.after(name, 0))), of)
 		}
 	}
 	if len(ix.bySerial) != serials || len(ix.byKernel) != kernels {
@@ -349,5 +359,5 @@ func BenchmarkIndexMemory(b *testing.B) {
 		ix.apply(u)
 	}
 	b.ReportMetric(float64(heap())/float64(b.N), "B/sandbox")
-	slog.Debug("kept", "sandboxes", len(ix.order))
+	slog.Debug("kept", "sandboxes", ix.order.Len())
 }
