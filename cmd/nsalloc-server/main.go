@@ -19,7 +19,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
@@ -29,11 +28,7 @@ import (
 var version = "dev"
 
 func main() {
-	// The view holds a million sandboxes in one and a quarter gigabytes, and changes slowly: collecting
-	// twice as often costs little and keeps the whole under two.
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50)
-	}
+	tuneHeap()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends it at once
 	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)

@@ -68,6 +68,7 @@ func (s *Sandbox) add(fresh []Binding, bootID string, now time.Time) error {
 	if n := len(s.Bindings) + len(fresh); n > MaxBindings {
 		return refuse(ReasonTooLarge, subject(s), "%d namespaces, %d are allowed", n, MaxBindings)
 	}
+	s.Bindings = slices.Grow(s.Bindings, len(fresh))
 	for _, b := range fresh {
 		if err := b.validate(bootID); err != nil {
 			return err
@@ -78,14 +79,14 @@ func (s *Sandbox) add(fresh []Binding, bootID string, now time.Time) error {
 		b.Bound, b.Gone = now, time.Time{}
 		s.Bindings = append(s.Bindings, b)
 	}
-	live := map[string]Serial{}
+	live := make(map[kernelKey]Serial, len(s.Bindings))
 	for _, b := range s.Bindings {
 		if !b.Live() {
 			continue
 		}
-		key := b.Kernel.Key(b.Type)
+		key := b.Kernel.key(b.Type)
 		if other, ok := live[key]; ok {
-			return refuse(ReasonBound, subject(s), "%s namespace %s has serial %s already, %s cannot be added", b.Type, key, other, b.Serial)
+			return refuse(ReasonBound, subject(s), "%s namespace %s has serial %s already, %s cannot be added", b.Type, b.Kernel.Key(b.Type), other, b.Serial)
 		}
 		live[key] = b.Serial
 	}

@@ -66,6 +66,21 @@ func (k KernelID) Key(t NamespaceType) string {
 	return b.String()
 }
 
+// kernelKey is equal for two identities exactly if Key is, and costs less.
+type kernelKey struct {
+	bootID string
+	of     NamespaceType
+	number uint64
+	id     bool // number is the kernel's id, else the inode
+}
+
+func (k KernelID) key(t NamespaceType) kernelKey {
+	if k.ID != 0 {
+		return kernelKey{k.BootID, t, k.ID, true}
+	}
+	return kernelKey{k.BootID, t, k.Inode, false}
+}
+
 // Binding ties a serial to a namespace. A binding outlives its namespace: a namespace that is gone
 // keeps its serial for ever.
 type Binding struct {

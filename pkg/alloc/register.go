@@ -152,8 +152,12 @@ func (cmd RegisterCommand) validate() error {
 	if err := validateSpend(cmd.Spend); err != nil {
 		return err
 	}
-	used := map[Serial]bool{}
-	live := map[string]Serial{}
+	all := len(cmd.Items)
+	for _, it := range cmd.Items {
+		all += len(it.Add)
+	}
+	used := make(map[Serial]bool, all)
+	live := make(map[kernelKey]Serial, all)
 	parted := map[Serial]bool{}
 	for _, it := range cmd.Items {
 		about := "sandbox " + it.Sandbox.String()
@@ -193,9 +197,9 @@ func (cmd RegisterCommand) validate() error {
 			if b.Parent != 0 && (it.ParentCheckpoint == 0 || !b.Parent.Valid()) {
 				return invalid(about, "a binding with a parent belongs to a clone, and the parent is a serial")
 			}
-			key := b.Kernel.Key(b.Type)
+			key := b.Kernel.key(b.Type)
 			if other, ok := live[key]; ok {
-				return refuse(ReasonBound, about, "%s namespace %s stands twice in the request, under serials %s and %s", b.Type, key, other, b.Serial)
+				return refuse(ReasonBound, about, "%s namespace %s stands twice in the request, under serials %s and %s", b.Type, b.Kernel.Key(b.Type), other, b.Serial)
 			}
 			used[b.Serial], live[key] = true, b.Serial
 		}

@@ -13,7 +13,13 @@ import (
 
 // digestOf is the identity of a request's body. Fields that are added later and are empty do not change it.
 func digestOf(body any) (Digest, error) {
-	b, err := json.Marshal(body)
+	var b []byte
+	var err error
+	if cmd, ok := body.(RegisterCommand); ok {
+		b, err = cmd.body()
+	} else {
+		b, err = json.Marshal(body)
+	}
 	if err != nil {
 		// A time that no clock shows, for one.
 		return Digest{}, &Error{Reason: ReasonInvalid, Subject: "request", Msg: "its body cannot be written down", Err: err}

@@ -49,10 +49,17 @@ func (s Serial) Valid() bool {
 }
 
 // String is the one form in which a serial is written: 16 lower-case hex digits.
-func (s Serial) String() string { return fmt.Sprintf("%016x", uint64(s)) }
+func (s Serial) String() string { return string(s.append(make([]byte, 0, 16))) }
+
+func (s Serial) append(b []byte) []byte {
+	for shift := 60; shift >= 0; shift -= 4 {
+		b = append(b, "0123456789abcdef"[s>>shift&15])
+	}
+	return b
+}
 
 // MarshalText writes the 16 digits. In JSON that is a string, because 2^53 would cut a number.
-func (s Serial) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+func (s Serial) MarshalText() ([]byte, error) { return s.append(make([]byte, 0, 16)), nil }
 
 // UnmarshalText reads the 16 digits; the shorter forms of ParseSerial need a generation and are
 // refused here. 0000000000000000 reads as the zero Serial, "none".

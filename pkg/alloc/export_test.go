@@ -1,0 +1,4 @@
+package alloc
+
+// RegisterBody is what a registration's digest is of.
+var RegisterBody = RegisterCommand.body
