@@ -48,6 +48,8 @@ type Store struct {
 
 	mu      sync.Mutex
 	watches map[*watch]struct{} // guarded by mu: those that Sync must move on
+
+	own own
 }
 
 var _ alloc.Store = (*Store)(nil)
@@ -205,6 +207,9 @@ func (s *Store) request(tx alloc.Tx) (*pb.TxnRequest, error) {
 		seen[k] = true
 		return s.keys.etcd(k)
 	}
+	s.mu.Lock()
+	watched := len(s.watches) > 0
+	s.mu.Unlock()
 	for _, rec := range tx.Put {
 		key, err := write(rec.Key())
 		if err != nil {
@@ -213,6 +218,9 @@ func (s *Store) request(tx alloc.Tx) (*pb.TxnRequest, error) {
 		value, err := encode(rec)
 		if err != nil {
 			return nil, err
+		}
+		if sb, ok := rec.(*alloc.Sandbox); ok && watched {
+			s.own.remember(value, sb)
 		}
 		req.Success = append(req.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{
 			RequestPut: &pb.PutRequest{Key: key, Value: value}}})

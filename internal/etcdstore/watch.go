@@ -185,6 +185,11 @@ func (s *Store) deliver(w *watch, events []*mvccpb.Event, apply func(alloc.Revis
 			}
 			c := alloc.Change{Key: key, Revision: alloc.Revision(rev)}
 			if ev.Type == mvccpb.Event_PUT {
+				if token, sb := s.own.take(key, ev.Kv.Value); sb != nil {
+					c.Record, c.Token = sb, token
+					changes = append(changes, c)
+					continue
+				}
 				e := entry(key, ev.Kv)
 				c.Record, c.Token, c.Err, c.Owner = e.Record, e.Token, e.Err, e.Owner
 			}

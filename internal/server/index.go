@@ -148,6 +148,7 @@ func (ix *index) prepare(c alloc.Change) (update, error) {
 // be found by it, and which that is the index does not know.
 var errClash = errors.New("a sandbox left that had a serial in common with another one")
 
+// noteClashes is called before u is found by its serials and namespaces.
 func (ix *index) noteClashes(u update, serial alloc.Serial) {
 	for _, s := range append(u.bindings, serial) {
 		e := ix.bySerial[s]
@@ -216,7 +217,8 @@ func (ix *index) applySandbox(u update) {
 		}
 		return
 	}
-	if e == nil || e.serial != serial {
+	fresh := e == nil || e.serial != serial
+	if fresh {
 		e = &entry{serial: serial}
 		ix.order.ReplaceOrInsert(e)
 	}
@@ -231,13 +233,21 @@ func (ix *index) applySandbox(u update) {
 			delete(ix.bySerial, s)
 		}
 	}
-	ix.noteClashes(u, serial)
+	if !fresh {
+		ix.noteClashes(u, serial)
+	}
+	before := len(ix.bySerial) + len(ix.byKernel)
 	ix.bySerial[serial] = e
 	for _, s := range u.bindings {
 		ix.bySerial[s] = e
 	}
 	for _, k := range u.live {
 		ix.byKernel[k] = e
+	}
+	// A new one adds as many as it has, or some were another one's. That is what noteClashes finds, without
+	// looking for each before it is put.
+	if found := len(ix.bySerial) + len(ix.byKernel); fresh && found != before+1+len(u.bindings)+len(u.live) {
+		ix.clashes = true
 	}
 }
 

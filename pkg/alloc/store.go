@@ -190,7 +190,8 @@ type Guard struct {
 	Token Token
 }
 
-// Tx is one transaction. A key stands at most once in Put, Delete and DeleteSpans together.
+// Tx is one transaction. A key stands at most once in Put, Delete and DeleteSpans together. Nobody changes the
+// records of Put once they were handed to Commit: a watch may deliver them.
 type Tx struct {
 	Guards      []Guard
 	Put         []Record
