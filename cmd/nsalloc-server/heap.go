@@ -9,13 +9,14 @@ import (
 
 // The view holds a million sandboxes in one and a quarter gigabytes, and changes slowly: collecting when a
 // half of what lives was allocated anew keeps the whole under two. In a small pool a half is little, and
-// registrations fill it many times a second; there, heapSlack may be allocated between two collections. That
-// takes nothing from a large one: its half is more.
+// registrations, of which each allocates two megabytes, fill it many times a second; there, heapSlack may be
+// allocated between two collections. That takes nothing from a large one, of which a half is more.
 const (
 	heapPercent = 50
-	heapSlack   = 128 << 20
-	// mostPercent bounds what a heap that grows fast, as while the view loads, is believed to be small.
-	mostPercent = 400
+	heapSlack   = 256 << 20
+	// mostPercent bounds how far a heap that grows fast, as while the view loads, outgrows the percentage of
+	// when it was small, should tuneHeap come late.
+	mostPercent = 1000
 )
 
 // tuneHeap sets the collector's percentage after each collection, unless the environment has one.

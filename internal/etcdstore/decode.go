@@ -282,6 +282,7 @@ func (d *decoder) sandbox(m *storepb.Sandbox) *alloc.Sandbox {
 		OfHost: m.OfHost, Labels: m.Labels, Checkpoint: alloc.Serial(m.Checkpoint), Created: d.time(m.Created),
 		Requests: alloc.RequestLog{Marks: d.marks(m.Requests), Forgotten: m.Forgotten}, Extra: unknown(m),
 	}
+	s.Bindings = slices.Grow(s.Bindings, len(m.Bindings))
 	for _, b := range m.Bindings {
 		s.Bindings = append(s.Bindings, d.binding(b))
 	}

@@ -137,6 +137,7 @@ func (e *encoder) sandbox(s *alloc.Sandbox) proto.Message {
 		OfHost: s.OfHost, Labels: s.Labels, Checkpoint: uint64(s.Checkpoint), Created: e.time(s.Created),
 		Requests: marks(s.Requests.Marks), Forgotten: s.Requests.Forgotten,
 	}
+	m.Bindings = make([]*storepb.Binding, 0, len(s.Bindings))
 	for _, b := range s.Bindings {
 		m.Bindings = append(m.Bindings, e.binding(b))
 	}

@@ -15,9 +15,14 @@ const mostOwn = 4096
 // when others need its place.
 type own struct {
 	mu      sync.Mutex
-	records map[alloc.Token]*alloc.Sandbox // guarded by mu
-	turn    [mostOwn]alloc.Token           // guarded by mu: the values in the order in which they came
-	next    int                            // guarded by mu
+	records map[alloc.Token]ownWrite // guarded by mu
+	turn    [mostOwn]alloc.Token     // guarded by mu: the values in the order in which they came
+	next    int                      // guarded by mu
+}
+
+type ownWrite struct {
+	token   alloc.Token
+	sandbox *alloc.Sandbox
 }
 
 // remember is called before the transaction is sent: a watch can be faster than its answer.
@@ -26,10 +31,10 @@ func (o *own) remember(value []byte, sb *alloc.Sandbox) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.records == nil {
-		o.records = map[alloc.Token]*alloc.Sandbox{}
+		o.records = map[alloc.Token]ownWrite{}
 	}
 	delete(o.records, o.turn[o.next])
-	o.records[token], o.turn[o.next] = sb, token
+	o.records[token], o.turn[o.next] = ownWrite{token, sb}, token
 	o.next = (o.next + 1) % mostOwn
 }
 
@@ -37,11 +42,10 @@ func (o *own) remember(value []byte, sb *alloc.Sandbox) {
 func (o *own) take(key alloc.Key, value []byte) (alloc.Token, *alloc.Sandbox) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	sb := o.records[alloc.Token(value)]
-	if sb == nil || sb.Key() != key {
+	w, ok := o.records[alloc.Token(value)]
+	if !ok || w.sandbox.Key() != key {
 		return "", nil
 	}
-	token := alloc.Token(value)
-	delete(o.records, token)
-	return token, sb
+	delete(o.records, w.token)
+	return w.token, w.sandbox
 }

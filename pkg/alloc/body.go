@@ -11,7 +11,11 @@ import (
 
 // body is what json.Marshal makes of cmd.
 func (cmd RegisterCommand) body() ([]byte, error) {
-	w := bodyWriter{b: make([]byte, 0, 256*len(cmd.Items))}
+	size := 256 // about, to allocate once
+	for _, it := range cmd.Items {
+		size += 128 + 160*len(it.Add)
+	}
+	w := bodyWriter{b: make([]byte, 0, size)}
 	w.open('{').name("host").text(cmd.Host).name("incarnation").text(cmd.Incarnation.String()).name("spend")
 	list(&w, cmd.Spend, func(r Range) {
 		w.open('{').name("first").serial(r.First).name("count").number(r.Count).shut('}')

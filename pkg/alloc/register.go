@@ -54,9 +54,13 @@ func (s *Service) Register(ctx context.Context, cmd RegisterCommand) ([]*Sandbox
 	if err != nil {
 		return nil, nil, err
 	}
-	var keys []Key
+	var keys, fresh []Key
 	for _, it := range cmd.Items {
-		keys = append(keys, SandboxKey(it.Sandbox))
+		if cmd.Spend.Contains(it.Sandbox) {
+			fresh = append(fresh, SandboxKey(it.Sandbox))
+		} else {
+			keys = append(keys, SandboxKey(it.Sandbox))
+		}
 		if k := CheckpointKey(it.ParentCheckpoint); it.ParentCheckpoint != 0 && !slices.Contains(keys, k) {
 			keys = append(keys, k)
 		}
@@ -67,12 +71,31 @@ func (s *Service) Register(ctx context.Context, cmd RegisterCommand) ([]*Sandbox
 	}
 	var out []*Sandbox
 	var granted Ranges
-	err = s.change(ctx, cmd.Mutation, func() ([]Key, error) { return keys, nil }, func(w *world) error {
+	// Under serials that were never spent stands nothing: the first try does not read that, it only demands it.
+	// When it fails, or this request was committed before, the next try reads them too.
+	first := true
+	which := func() ([]Key, error) {
+		if first {
+			return keys, nil
+		}
+		return append(keys[:len(keys):len(keys)], fresh...), nil
+	}
+	err = s.change(ctx, cmd.Mutation, which, func(w *world) error {
+		assumed := first
+		first = false
 		w.parents, w.parted = parents, map[Serial]Binding{}
 		out, granted = nil, w.host.Granted
 		done, err := w.host.Requests.find(cmd.RequestID, digest)
 		if err != nil {
 			return err
+		}
+		if assumed && done {
+			return errMoved
+		}
+		if assumed {
+			for _, k := range fresh {
+				w.tx.Guards = append(w.tx.Guards, Guard{Key: k})
+			}
 		}
 		if !done {
 			if err := w.spend(cmd.Spend); err != nil {

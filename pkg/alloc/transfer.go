@@ -295,8 +295,9 @@ func (s *Service) move(ctx context.Context, m Mutation, body any, sandbox Serial
 	return out, left, nil
 }
 
-// errMoved makes a move start anew: between two reads the sandbox got another checkpoint.
-var errMoved = &Error{Reason: ReasonConflict, Msg: "the sandbox got another checkpoint meanwhile"}
+// errMoved makes a change start anew, because it has to read more: between two reads the sandbox got another
+// checkpoint, or what was taken for new was not.
+var errMoved = &Error{Reason: ReasonConflict, Msg: "the sandbox was changed meanwhile"}
 
 func (w *world) apply(out *Handoff, m Mutation, digest Digest, choose func(*world) (Event, error)) error {
 	event, err := choose(w)

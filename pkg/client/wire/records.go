@@ -72,7 +72,10 @@ func bindingsToWire(bs []alloc.Binding) []*nsallocv1.Binding {
 }
 
 func bindingsFromWire(bs []*nsallocv1.Binding) []alloc.Binding {
-	var out []alloc.Binding
+	var out []alloc.Binding // nil where there are none
+	if len(bs) > 0 {
+		out = make([]alloc.Binding, 0, len(bs))
+	}
 	for _, b := range bs {
 		out = append(out, BindingFromWire(b))
 	}
