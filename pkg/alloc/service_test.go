@@ -16,7 +16,7 @@ func TestService(t *testing.T) {
 }
 
 // guarded holds every transaction of the use cases against the rule that makes retries safe: what is
-// written was read before and is compared, and so are the pool, and both records of a hand-off when one
+// written was read before, or is new, and is compared, and so are the pool, and both records of a hand-off when one
 // of them changes. Several guards often exclude the same; the rule does not rest on which.
 type guarded struct {
 	alloctest.Planter
@@ -62,6 +62,7 @@ type sharing struct {
 	alloctest.Planter
 	mu   sync.Mutex
 	seen map[alloc.Key]map[alloc.Token]shared
+	put  []shared
 }
 
 type shared struct {
@@ -72,6 +73,11 @@ type shared struct {
 func share(t *testing.T, s alloctest.Planter) *sharing {
 	sh := &sharing{Planter: s, seen: map[alloc.Key]map[alloc.Token]shared{}}
 	t.Cleanup(func() {
+		for _, r := range sh.put {
+			if now := text(r.record); now != r.text {
+				t.Errorf("%s was changed after it was handed to Commit:\n%s\n%s", r.record.Key(), r.text, now)
+			}
+		}
 		for key, of := range sh.seen {
 			for _, r := range of {
 				if now := text(r.record); now != r.text {
@@ -97,6 +103,17 @@ func text(r alloc.Record) string {
 		M alloc.RequestLog
 	}{r, marks})
 	return string(b)
+}
+
+func (s *sharing) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error) {
+	s.mu.Lock()
+	for _, r := range tx.Put {
+		if len(tx.Guards) > 0 { // else it is a test's own
+			s.put = append(s.put, shared{r, text(r)})
+		}
+	}
+	s.mu.Unlock()
+	return s.Planter.Commit(ctx, tx)
 }
 
 func (s *sharing) Get(ctx context.Context, keys ...alloc.Key) ([]alloc.Entry, alloc.Revision, error) {
