@@ -14,6 +14,25 @@
 // the agent never number one namespace twice. Hook actions of one CRIU run are handled one after the
 // other; different runs wait for each other only there, one call to the pool at a time.
 //
+// # While the pool is away
+//
+// The host holds ranges of serials (ranges.go), and numbers what is born from them: such a serial is provisional
+// until the pool has committed its registration (provisional.go). It is on the host's disk before it stands in the
+// book, so before anybody is told, and everything that shows it says that it is provisional. An agent that is
+// started meanwhile goes on: its ledger (ledger.go) has what is committed, what is provisional, and what is left.
+// What needs the pool's commit, a dump or a restore above all, waits for it and then vetoes.
+//
+// When the pool is back the agent first reads what it has there, then commits what is provisional in the order
+// in which it was given, 60 sandboxes a transaction, before anything else is spent: the pool compares that the
+// serials are next in this host's ranges. So a registration whose answer was lost is found under the serials
+// that it named, and never made a second time. What was gone meanwhile is registered all the same, on the same
+// boot, and ended by the next sweep: its serial stays its own. What was gone with its boot the pool does not take
+// any more: its serials are burned.
+//
+// Ranges that are not this life's any more (its state was copied, put back or lost; the pool has a new generation)
+// are given up with what was given of them provisionally: it is logged as an error, the serials are burned, and
+// what lives under them gets others, each of which is logged. What is committed never changes.
+//
 // # What happens when it dies
 //
 // Nothing lives in memory alone that ownership rests on. A new agent says Hello as the same life,
@@ -22,13 +41,15 @@
 //
 // # Its disk
 //
-// The state directory holds `identity`, which makes it one life of one host; `runs/BOOT-PID-START.run`, what
-// must be remembered of one CRIU process; and `lock`, empty. A file is one line with its format and a SHA-256
+// The state directory holds `identity`, which makes it one life of one host; `serials`, the ledger;
+// `runs/BOOT-PID-START.run`, what must be remembered of one CRIU process; and `lock`, empty. A file is one line with its format and a SHA-256
 // over format and body, then JSON. It is replaced as a whole and durable before the write returns, so a
 // crash leaves the old one or the new one, and anything else is damage.
 //
 // The disk takes no write (full, read-only, failing): a stage that can veto does, with the disk's error;
-// what is to be settled waits. Both go on by themselves when it takes writes again.
+// what is to be settled waits; no serial is given provisionally, while those that the pool commits still are. All of
+// it goes on by itself when it takes writes again. An agent that died meanwhile and is started while the pool is away
+// can know less than was committed, and show a provisional serial for what has another one; the pool's stays.
 //
 // The directory is removed or replaced in use: the agent ends, since nothing can be promised any more.
 //
@@ -36,6 +57,10 @@
 // it is, and names the command that begins a new life. A life that is lost costs the serials of its ranges:
 // the pool gives the new one an incarnation and ranges of its own, and has the sandboxes that live here, by
 // boot id and kernel id, under the serials that they have.
+//
+// The ledger is damaged or gone: what was provisional is forgotten, and must not be given again. The agent puts the
+// file aside, says so, and begins a new life of the host, with ranges of its own; until it has joined the pool
+// it gives no serials.
 //
 // A run's record is damaged: it counts as lost, as the whole disk would: 0 counts as given, so images of a
 // dump are a copy, never void and never in transit; the host begins a new life, because only that record may
@@ -140,6 +165,9 @@ type Agent struct {
 	poolRec    atomic.Pointer[alloc.Pool]
 	joined     chan struct{} // closed after the first Hello and the first reading of our sandboxes
 	joinOnce   sync.Once
+	alone      chan struct{} // closed when the pool was not reached at first, and the state tells what has serials
+	aloneOnce  sync.Once
+	reached    notice // that the pool is reached again
 }
 
 // New prepares an agent: it reads its state, which must be this host's, and looks at the kernel. The
@@ -170,11 +198,16 @@ func New(cfg Config, pool Pool) (*Agent, error) {
 	}
 	a := &Agent{
 		cfg: cfg, log: cfg.Log, kernel: kernel, pool: pool, state: state, exits: exits, host: host,
-		book: newBook(), kick: make(chan struct{}, 1), settling: newSettling(), joined: make(chan struct{}),
+		book: newBook(), kick: make(chan struct{}, 1), settling: newSettling(), joined: make(chan struct{}), alone: make(chan struct{}),
 		stood: map[alloc.Serial]alloc.Epoch{}, ran: map[alloc.Serial]alloc.Epoch{},
 	}
 	a.registrar = newRegistrar(a)
 	a.runs = newRuns(a)
+	if err := a.registrar.load(); err != nil {
+		exits.Close()
+		state.Close()
+		return nil, err
+	}
 	return a, nil
 }
 
@@ -213,6 +246,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		run  func(context.Context) error
 	}{
 		{"join", a.stayJoined},
+		{"ranges", a.rangesLoop},
 		{"sweep", a.sweepLoop},
 		{"exits", a.watchExits},
 		{"settle", a.settleLoop},
@@ -259,10 +293,15 @@ func (a *Agent) stayJoined(ctx context.Context) error {
 		if err != nil && ctx.Err() == nil {
 			text := err.Error()
 			if old := a.trouble.Swap(&text); old == nil || *old != text {
-				a.log.Warn("the pool is not reached; what needs it waits", "cause", err)
+				a.log.Warn("the pool is not reached; what needs it waits, and new namespaces get provisional serials", "cause", err)
+			}
+			if a.registrar.usable.Load() {
+				a.aloneOnce.Do(func() { close(a.alone) })
 			}
 		} else if err == nil && a.trouble.Swap(nil) != nil {
 			a.log.Info("the pool is reached again")
+			a.reached.tell()
+			a.sweepSoon()
 		}
 		select {
 		case <-ctx.Done():
@@ -272,23 +311,65 @@ func (a *Agent) stayJoined(ctx context.Context) error {
 	}
 }
 
-func (a *Agent) lookAtPool(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+// lookAtPool keeps the registrar's turn free while nobody answers.
+func (a *Agent) lookAtPool(parent context.Context) error {
+	ctx, cancel := context.WithTimeout(parent, callTimeout)
 	defer cancel()
-	if !a.isJoined() || a.registrar.stale.Load() || a.registrar.age() > rereadAfter {
-		return a.registrar.join(ctx)
-	}
 	pool, err := a.pool.GetPool(ctx)
 	if err != nil {
 		return err
 	}
-	if known := a.poolRec.Swap(pool); known != nil && known.Generation != pool.Generation {
+	r := a.registrar
+	if a.isJoined() && !r.stale.Load() && r.age() <= rereadAfter {
+		known := a.poolRec.Swap(pool)
+		if known == nil || known.Generation == pool.Generation {
+			return a.commitProvisional(parent)
+		}
 		// Our ranges ended with their generation. To learn that from a refusal would cost a dump its veto.
 		a.log.Warn("the pool is in another generation; this host's ranges are burned, and it asks for new ones", "old", known.Generation, "new", pool.Generation)
-		a.registrar.stale.Store(true) // until it has joined anew: this look is the only one that sees the change
-		return a.registrar.join(ctx)
+		r.stale.Store(true) // until it has joined anew: this look is the only one that sees the change
 	}
-	return nil
+	if err := r.join(ctx); err != nil {
+		return err
+	}
+	return a.commitProvisional(parent)
+}
+
+// commitTimeout bounds one try to commit what is provisional: a full range takes that long on a slow store. Each
+// transaction has its own bound.
+const commitTimeout = 30 * time.Second
+
+// commitProvisional commits what is provisional, if anything is.
+func (a *Agent) commitProvisional(ctx context.Context) error {
+	if a.registrar.uncommitted.Load() == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	defer cancel()
+	done, err := a.registrar.holdAway(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	return a.registrar.catchUp(ctx)
+}
+
+// away reports whether the pool was not reached when it was looked for last.
+func (a *Agent) away() bool { return a.trouble.Load() != nil || !a.isJoined() }
+
+// waitReached waits until the pool is reached and the agent knows its sandboxes.
+func (a *Agent) waitReached(ctx context.Context) error {
+	for {
+		reached := a.reached.next()
+		if a.trouble.Load() == nil {
+			return a.waitJoined(ctx)
+		}
+		select {
+		case <-reached:
+		case <-ctx.Done():
+			return a.notReached()
+		}
+	}
 }
 
 func (a *Agent) isJoined() bool {
@@ -306,12 +387,40 @@ func (a *Agent) waitJoined(ctx context.Context) error {
 	case <-a.joined:
 		return nil
 	case <-ctx.Done():
-		cause := "no server has answered yet"
-		if t := a.trouble.Load(); t != nil {
-			cause = *t
-		}
-		return &alloc.Error{Reason: alloc.ReasonUnavailable, Subject: "host " + a.cfg.Host, Msg: "the agent has not reached its pool",
-			Fix: "see that nsalloc-server runs and that `server` in agent.yaml names it", Err: errors.New(cause)}
+		return a.notReached()
+	}
+}
+
+func (a *Agent) notReached() error {
+	cause := "no server has answered yet"
+	if t := a.trouble.Load(); t != nil {
+		cause = *t
+	}
+	return &alloc.Error{Reason: alloc.ReasonUnavailable, Subject: "host " + a.cfg.Host, Msg: "the agent has not reached its pool",
+		Fix: "see that nsalloc-server runs and that `server` in agent.yaml names it", Err: errors.New(cause)}
+}
+
+// notice wakes all who wait for something that comes again and again.
+type notice struct {
+	mu sync.Mutex
+	ch chan struct{} // guarded by mu: closed at the next tell
+}
+
+func (n *notice) next() <-chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.ch == nil {
+		n.ch = make(chan struct{})
+	}
+	return n.ch
+}
+
+func (n *notice) tell() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.ch != nil {
+		close(n.ch)
+		n.ch = nil
 	}
 }
 

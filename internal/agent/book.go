@@ -14,6 +14,9 @@ type book struct {
 	mu        sync.RWMutex
 	sandboxes map[alloc.Serial]*alloc.Sandbox // records are replaced, never changed
 	byKernel  map[string]place                // alloc.KernelID.Key of every live binding of running and dumped sandboxes
+	// provisional are the serials, of sandboxes and of bindings, that the pool has not committed. What is in
+	// the book without being here, the pool has.
+	provisional map[alloc.Serial]bool
 }
 
 // place is where a live namespace stands.
@@ -23,7 +26,7 @@ type place struct {
 }
 
 func newBook() *book {
-	return &book{sandboxes: map[alloc.Serial]*alloc.Sandbox{}, byKernel: map[string]place{}}
+	return &book{sandboxes: map[alloc.Serial]*alloc.Sandbox{}, byKernel: map[string]place{}, provisional: map[alloc.Serial]bool{}}
 }
 
 // put replaces a sandbox's record; one that host does not own, or that is over, leaves the book.
@@ -64,14 +67,90 @@ func (b *book) drop(serial alloc.Serial) {
 	delete(b.sandboxes, serial)
 }
 
-// replace makes the book exactly list, at once: no reader sees a half.
-func (b *book) replace(host string, list []*alloc.Sandbox) {
+// replace makes the book exactly list, and what is pending, at once: no reader sees a half.
+func (b *book) replace(host string, list []*alloc.Sandbox, pending []entry) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.sandboxes, b.byKernel = map[alloc.Serial]*alloc.Sandbox{}, map[string]place{}
+	b.sandboxes, b.byKernel, b.provisional = map[alloc.Serial]*alloc.Sandbox{}, map[string]place{}, map[alloc.Serial]bool{}
 	for _, s := range list {
 		b.set(host, s)
 	}
+	b.addPending(host, pending)
+}
+
+// commit puts what the pool has committed, at once. pending is what is left of what was provisional: a
+// sandbox of list may have more in it.
+func (b *book) commit(host string, list []*alloc.Sandbox, pending []entry) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	changed := map[alloc.Serial]bool{}
+	for _, s := range list {
+		b.set(host, s)
+		changed[s.Serial] = true
+		delete(b.provisional, s.Serial)
+		for _, bd := range s.Bindings {
+			delete(b.provisional, bd.Serial)
+		}
+	}
+	for _, e := range pending {
+		if changed[e.Sandbox] {
+			b.addPending(host, []entry{e})
+		}
+	}
+}
+
+// provide puts what has got provisional serials.
+func (b *book) provide(host string, pending []entry) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.addPending(host, pending)
+}
+
+// addPending is provide for the holder of mu.
+func (b *book) addPending(host string, pending []entry) {
+	for _, e := range pending {
+		s := alloc.Sandbox{Serial: e.Sandbox, State: alloc.StateRunning, Owner: host, OfHost: e.OfHost, Labels: e.Labels}
+		if known := b.sandboxes[e.Sandbox]; known != nil {
+			s = *known
+		} else {
+			b.provisional[e.Sandbox] = true
+		}
+		s.Bindings = append(slices.Clone(s.Bindings), e.Add...)
+		b.set(host, &s)
+		for _, bd := range e.Add {
+			b.provisional[bd.Serial] = true
+		}
+	}
+}
+
+// without takes entries out of the book that are no longer pending.
+func (b *book) without(entries []entry) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, e := range entries {
+		known := b.sandboxes[e.Sandbox]
+		if known == nil {
+			continue
+		}
+		s := *known
+		s.Bindings = slices.DeleteFunc(slices.Clone(s.Bindings), func(bd alloc.Binding) bool {
+			return slices.ContainsFunc(e.Add, func(x alloc.Binding) bool { return x.Serial == bd.Serial })
+		})
+		b.drop(e.Sandbox)
+		for _, serial := range e.fresh() {
+			delete(b.provisional, serial)
+		}
+		if !e.New {
+			b.set(s.Owner, &s)
+		}
+	}
+}
+
+// isProvisional reports whether a serial, of a sandbox or of a namespace, is not committed.
+func (b *book) isProvisional(serial alloc.Serial) bool {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	return b.provisional[serial]
 }
 
 // find looks a live namespace up.

@@ -32,10 +32,10 @@ func (a *Agent) preDump(ctx context.Context, n *run, req *hookRequest) (string, 
 		return "", nil
 	}
 	n.rec.Mode = modeOwn
-	if err := a.numberRunning(ctx, n, root, procs); err != nil {
+	if err := a.askPool(ctx); err != nil {
 		return "", err
 	}
-	return "", a.askPool(ctx)
+	return "", a.numberRunning(ctx, n, root, procs)
 }
 
 // unsettledFor is how long a dump waits, before anything is frozen, for an earlier one of the same

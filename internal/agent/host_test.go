@@ -33,8 +33,10 @@ type host struct {
 	dir  string
 	*Agent
 	logs *lockedBuffer
-	stop func() error // ends the agent
-	ends func() error // waits for it to end by itself
+	// quiet leaves sweeps to those who ask for one.
+	quiet bool
+	stop  func() error // ends the agent
+	ends  func() error // waits for it to end by itself
 }
 
 type lockedBuffer struct {
@@ -84,9 +86,13 @@ func idleHost(t *testing.T) *host {
 }
 
 func (h *host) config() Config {
+	pause := 20 * time.Millisecond
+	if h.quiet {
+		pause = time.Hour
+	}
 	return Config{
 		Host: "a", StateDir: filepath.Join(h.dir, "state"), HookSocket: filepath.Join(h.dir, "hook.sock"), AgentSocket: filepath.Join(h.dir, "agent.sock"),
-		SweepInterval: 20 * time.Millisecond, Version: "test", Log: slog.New(slog.NewTextHandler(h.logs, nil)),
+		SweepInterval: pause, Version: "test", Log: slog.New(slog.NewTextHandler(h.logs, nil)),
 	}
 }
 

@@ -99,7 +99,7 @@ func (l *local) Status(context.Context, *nsallocv1.StatusRequest) (*nsallocv1.St
 	resp := &nsallocv1.StatusResponse{
 		Host: a.cfg.Host, BootId: a.bootID(), Connected: a.isJoined(), Version: a.cfg.Version,
 		KernelIds: a.kernel.Features().KernelIDs, HookSocket: a.cfg.HookSocket,
-		Incarnation: a.registrar.life.Load(), Granted: a.registrar.left.Load(),
+		Incarnation: a.registrar.life.Load(), Granted: a.registrar.left.Load(), Provisional: a.registrar.uncommitted.Load(),
 	}
 	if t := a.trouble.Load(); t != nil {
 		resp.Connected, resp.Trouble = false, *t
@@ -140,7 +140,8 @@ func (a *Agent) residents(ctx context.Context) (map[string][]kernelns.Process, e
 }
 
 func (a *Agent) liveNamespace(s *alloc.Sandbox, b alloc.Binding, in map[string][]kernelns.Process) *nsallocv1.LiveNamespace {
-	n := &nsallocv1.LiveNamespace{Binding: wire.BindingToWire(b), Sandbox: uint64(s.Serial), OfHost: s.OfHost}
+	n := &nsallocv1.LiveNamespace{Binding: wire.BindingToWire(b), Sandbox: uint64(s.Serial), OfHost: s.OfHost,
+		Provisional: a.book.isProvisional(b.Serial), SandboxProvisional: a.book.isProvisional(s.Serial)}
 	for i, p := range in[b.Kernel.Key(b.Type)] {
 		if i == 0 {
 			n.Command = p.Comm
@@ -177,7 +178,8 @@ func (l *local) ListNamespaces(ctx context.Context, req *nsallocv1.ListNamespace
 	return resp, nil
 }
 
-// Identify answers which namespaces a process is in; what has no serial yet is registered first.
+// Identify answers which namespaces a process is in. What has no serial yet is registered first; while the pool
+// is away, or for who does not wait, it gets a provisional one.
 func (l *local) Identify(ctx context.Context, req *nsallocv1.IdentifyRequest) (*nsallocv1.IdentifyResponse, error) {
 	a := l.a
 	p, err := a.kernel.Process(int(req.GetPid()))
@@ -193,7 +195,7 @@ func (l *local) Identify(ctx context.Context, req *nsallocv1.IdentifyRequest) (*
 	case p.Ended:
 		return nil, &alloc.Error{Reason: alloc.ReasonProcessNotFound, Subject: fmt.Sprintf("process %d", p.PID), Msg: "it has ended and left its namespaces", Fix: "name a pid that runs"}
 	}
-	if err := a.numberSoon(ctx, p); err != nil {
+	if err := a.numberSoon(ctx, p, req.GetNoWait()); err != nil {
 		return nil, err
 	}
 	in, err := a.residents(ctx)
@@ -217,50 +219,67 @@ func (l *local) Identify(ctx context.Context, req *nsallocv1.IdentifyRequest) (*
 	return resp, nil
 }
 
-// numberSoon is numberProcess for a caller who waits: when the pool does not answer soon, it says why as
-// far as the agent knows.
-func (a *Agent) numberSoon(call context.Context, p kernelns.Process) error {
-	ctx, cancel := context.WithTimeout(call, callTimeout)
-	defer cancel()
-	err := a.numberProcess(ctx, p)
-	switch alloc.ReasonOf(err) {
-	case alloc.ReasonUnavailable, alloc.ReasonUnknownOutcome:
-	case "":
-		if err == nil || ctx.Err() == nil {
+// committedWithin bounds how long an answer waits for the pool to commit what is in it.
+const committedWithin = 3 * time.Second
+
+// numberSoon is numberProcess for a caller who waits; who does not, or while the pool does not answer, gets
+// provisional serials. Where there are none to give, it says why as far as the agent knows.
+func (a *Agent) numberSoon(call context.Context, p kernelns.Process, noWait bool) error {
+	numbered, committed := a.numbered(p)
+	if committed || numbered && (noWait || a.away()) {
+		return nil
+	}
+	var err error
+	if !noWait && !a.away() {
+		ctx, cancel := context.WithTimeout(call, committedWithin)
+		defer cancel()
+		err = a.withNumberable(ctx, a.numberProcess(ctx, p, a.registerEach))
+		if err == nil || !unreached(err) {
 			return err
 		}
-	default:
-		return err
+		if numbered, _ = a.numbered(p); numbered {
+			return nil
+		}
 	}
-	if t := a.trouble.Load(); t != nil {
+	away := a.withNumberableAway(call, a.numberProcess(call, p, a.registrar.provide))
+	if away == nil || alloc.ReasonOf(away) == "" && call.Err() == nil {
+		return away
+	}
+	if t := a.trouble.Load(); err == nil && t != nil {
 		err = errors.New(*t)
 	}
 	// gRPC's client must not try again by itself: the caller's time would be over before it is told why.
 	_ = grpc.SetTrailer(call, metadata.Pairs("grpc-retry-pushback-ms", "-1")) // fails only without a gRPC call
 	return &alloc.Error{Reason: alloc.ReasonUnavailable, Subject: fmt.Sprintf("process %d", p.PID), Msg: "it has a namespace without a serial, and the pool gave none in time",
-		Fix: "see that nsalloc-server runs and that `server` in agent.yaml names it, then ask again", RetryAfter: time.Second, Err: err}
+		Fix: "see that nsalloc-server runs and that `server` in agent.yaml names it, then ask again", RetryAfter: time.Second, Err: errors.Join(err, away)}
 }
 
-// numberProcess registers what a process has and nobody numbered yet.
-func (a *Agent) numberProcess(ctx context.Context, p kernelns.Process) error {
-	known := true
+// numbered reports whether everything that a process is in has a serial, and whether all of them are committed.
+func (a *Agent) numbered(p kernelns.Process) (numbered, committed bool) {
+	committed = true
 	for t, k := range p.Namespaces {
-		if _, ok := a.book.find(t, k); !ok {
-			known = false
+		place, ok := a.book.find(t, k)
+		if !ok {
+			return false, false
 		}
+		committed = committed && !a.book.isProvisional(place.binding.Serial) && !a.book.isProvisional(place.sandbox)
 	}
-	if known {
-		return nil
-	}
-	return a.withNumberable(ctx, func(procs []kernelns.Process) error {
+	return true, committed
+}
+
+// numberProcess numbers what the tree of a process has, for a holder of the turn who knows what may be
+// numbered.
+func (a *Agent) numberProcess(ctx context.Context, p kernelns.Process, commit func(context.Context, []wish) error) func([]kernelns.Process) error {
+	return func(procs []kernelns.Process) error {
 		for _, g := range a.groups(procs) {
 			if slices.ContainsFunc(g.procs, func(q kernelns.Process) bool { return q.PID == p.PID && q.StartTime == p.StartTime }) {
-				_, err := a.numberTree(ctx, g.root, g.procs, false)
-				return err
+				if _, w := a.wishOf(g.root, g.procs, false); w != nil {
+					return commit(ctx, []wish{*w})
+				}
 			}
 		}
 		return nil
-	})
+	}
 }
 
 // ListRuns reads the CRIU runs that are not forgotten.

@@ -15,6 +15,8 @@ type wish struct {
 	item    alloc.RegisterItem
 	add     []unnumbered
 	parents map[string]alloc.Serial
+	// keeps says that the serials may be provisional: nothing but the numbering waits for the commit.
+	keeps bool
 }
 
 // serials is how many it takes.
@@ -40,32 +42,45 @@ func (a *Agent) registerAll(ctx context.Context, wishes []wish) ([]*alloc.Sandbo
 			return nil, err
 		}
 	}
-	next := func() alloc.Serial {
-		s := serials[0]
-		serials = serials[1:]
-		return s
-	}
-	items := make([]alloc.RegisterItem, 0, len(wishes))
-	for _, w := range wishes {
-		if w.item.Sandbox == 0 {
-			w.item.Sandbox = next()
-		}
-		for _, u := range w.add {
-			w.item.Add = append(w.item.Add, alloc.Binding{Serial: next(), Type: u.t, Kernel: u.k, Parent: w.parents[u.k.Key(u.t)]})
-		}
-		items = append(items, w.item)
+	entries := itemsOf(wishes, serials)
+	items := make([]alloc.RegisterItem, len(entries))
+	for i, e := range entries {
+		items[i] = e.RegisterItem
 	}
 	out, err := a.registrar.register(ctx, spend, items...)
 	if err != nil {
+		a.registrar.keepAssigned(err, wishes, entries)
 		return nil, err
 	}
 	for i, s := range out {
 		if len(wishes[i].add) > 0 {
+			a.registrar.sayReplaced(items[i].Add)
 			a.tally.numbered(wishes[i].item.Sandbox == 0, len(wishes[i].add))
 			a.log.Debug("registered", "sandbox", s.Serial, "namespaces", len(wishes[i].add), "command", s.Labels["command"])
 		}
 	}
 	return out, nil
+}
+
+// itemsOf is what the wishes register under serials, which are as many as they take.
+func itemsOf(wishes []wish, serials []alloc.Serial) []entry {
+	next := func() alloc.Serial {
+		s := serials[0]
+		serials = serials[1:]
+		return s
+	}
+	entries := make([]entry, 0, len(wishes))
+	for _, w := range wishes {
+		e := entry{RegisterItem: w.item, New: w.item.Sandbox == 0}
+		if e.New {
+			e.Sandbox = next()
+		}
+		for _, u := range w.add {
+			e.Add = append(e.Add, alloc.Binding{Serial: next(), Type: u.t, Kernel: u.k, Parent: w.parents[u.k.Key(u.t)]})
+		}
+		entries = append(entries, e)
+	}
+	return entries
 }
 
 func (a *Agent) registerOne(ctx context.Context, w wish) (*alloc.Sandbox, error) {
@@ -76,47 +91,38 @@ func (a *Agent) registerOne(ctx context.Context, w wish) (*alloc.Sandbox, error)
 	return out[0], nil
 }
 
-// numberGroups numbers trees, as many as fit in one transaction; by the registrar's holder. A tree that
-// shares a namespace or a sandbox with one that waits for the same transaction waits for the next: it
-// has to see what that one got. What the pool refuses is tried alone, so that it holds up nobody else.
-func (a *Agent) numberGroups(ctx context.Context, groups []group) error {
+// numberGroups numbers trees, at most most in one commit; by the registrar's holder. A tree that shares a
+// namespace or a sandbox with one that waits for the same commit waits for the next: it has to see what that
+// one got.
+func (a *Agent) numberGroups(ctx context.Context, groups []group, most int, commit func(context.Context, []wish) error) error {
 	var batch []wish
 	taken := map[string]bool{} // namespaces and sandboxes of the batch
-	var errs []error
 	flush := func() error {
 		if len(batch) == 0 {
 			return nil
 		}
-		_, err := a.registerAll(ctx, batch)
-		if err != nil && refused(err) && len(batch) > 1 {
-			err = nil
-			for _, w := range batch {
-				if _, one := a.registerOne(ctx, w); one != nil {
-					errs = append(errs, one)
-				}
-			}
-		}
+		err := commit(ctx, batch)
 		batch = nil
 		clear(taken)
-		if err != nil && refused(err) {
-			errs, err = append(errs, err), nil
-		}
 		return err
 	}
+	var errs []error
 	for _, g := range groups {
-		if len(batch) == alloc.MaxRegister || sharesAny(g, taken) {
-			if err := flush(); err != nil {
+		full := len(batch) == most || sharesAny(g, taken)
+		if !full {
+			known, w := a.wishOf(g.root, g.procs, false)
+			full = w != nil && known != nil && taken[known.Serial.String()]
+		}
+		if full {
+			if err := flush(); err != nil && !refused(err) {
 				return errors.Join(append(errs, err)...)
+			} else if err != nil {
+				errs = append(errs, err)
 			}
 		}
 		known, w := a.wishOf(g.root, g.procs, false)
 		if w == nil {
 			continue
-		}
-		if known != nil && taken[known.Serial.String()] {
-			if err := flush(); err != nil {
-				return errors.Join(append(errs, err)...)
-			}
 		}
 		if known != nil {
 			taken[known.Serial.String()] = true
@@ -127,6 +133,21 @@ func (a *Agent) numberGroups(ctx context.Context, groups []group) error {
 		batch = append(batch, *w)
 	}
 	return errors.Join(append(errs, flush())...)
+}
+
+// registerEach commits the wishes, in order. What the pool refuses is halved, so that one that is at fault
+// holds up nobody else. Its error is of all that were refused alone, or why it did not go on.
+func (a *Agent) registerEach(ctx context.Context, wishes []wish) error {
+	_, err := a.registerAll(ctx, wishes)
+	if err == nil || !refused(err) || len(wishes) == 1 {
+		return err
+	}
+	half := len(wishes) / 2
+	first := a.registerEach(ctx, wishes[:half])
+	if first != nil && !refused(first) {
+		return first
+	}
+	return errors.Join(first, a.registerEach(ctx, wishes[half:]))
 }
 
 func sharesAny(g group, taken map[string]bool) bool {
@@ -181,13 +202,13 @@ func (a *Agent) wishOf(root kernelns.Process, procs []kernelns.Process, relabel 
 		if len(add) == 0 {
 			return nil, nil // everything belongs to others: a process that entered their namespaces
 		}
-		return nil, &wish{item: alloc.RegisterItem{Labels: labels}, add: add}
+		return nil, &wish{item: alloc.RegisterItem{Labels: labels}, add: add, keeps: true}
 	}
 	stale := relabel && !containsLabels(known.Labels, labels)
 	if len(add) == 0 && !stale {
 		return known, nil
 	}
-	w := &wish{item: alloc.RegisterItem{Sandbox: known.Serial, Epoch: known.Epoch}, add: add}
+	w := &wish{item: alloc.RegisterItem{Sandbox: known.Serial, Epoch: known.Epoch}, add: add, keeps: true}
 	if stale {
 		w.item.Labels = labels
 	}

@@ -23,6 +23,8 @@ type testPool struct {
 	calls map[string]int      // guarded by mu
 	ids   map[string][]string // guarded by mu: request ids by method
 	first map[string]func()   // guarded by mu: done once, before the method's next call
+	// refuse decides against a registration; guarded by mu.
+	refuse func(alloc.RegisterCommand) error
 }
 
 // fault hits the transaction of a method's nth call. The call is not repeated: its caller never learns.
@@ -133,8 +135,16 @@ func (p *testPool) Grant(ctx context.Context, cmd alloc.GrantCommand) (r alloc.R
 }
 
 func (p *testPool) Register(ctx context.Context, cmd alloc.RegisterCommand) (list []*alloc.Sandbox, left alloc.Ranges, err error) {
+	p.mu.Lock()
+	refuse := p.refuse
+	p.mu.Unlock()
 	err = p.call(ctx, "Register", func(id string) error {
 		cmd.RequestID = id
+		if refuse != nil {
+			if err := refuse(cmd); err != nil {
+				return err
+			}
+		}
 		list, left, err = p.svc.Register(ctx, cmd)
 		return err
 	})

@@ -12,13 +12,6 @@ import (
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
-const (
-	// lowWater is how many serials are left when another range is asked for.
-	lowWater = 512
-	// grantSize is how many are asked for.
-	grantSize = 4096
-)
-
 // registrar is the one place that spends serials of this host. Who holds it has the book to itself:
 // what the book does not know is unnumbered, and stays so until the holder numbers it.
 type registrar struct {
@@ -33,45 +26,82 @@ type registrar struct {
 	// are spent with the next command and given to nothing, or one serial would stand for two things. By
 	// whoever holds turn.
 	burned map[alloc.Serial]bool
-	stale  atomic.Bool               // the pool's records must be read anew before anything is spent
-	read   atomic.Pointer[time.Time] // when they were, by a clock that nobody sets; nil before
-	left   atomic.Uint64             // ranges.Count(), for readers
-	life   atomic.Uint64             // id.Incarnation, for readers
+	// pending is what has provisional serials, in the order in which it is to be registered, and replaced
+	// which namespaces had serials that are void, until they have others; by whoever holds turn.
+	pending  []entry
+	replaced map[string]alloc.Serial
+	joins    int           // how often the pool's records were read; by whoever holds turn
+	grants   pace          // how much to ask for; by whoever holds turn
+	low      chan struct{} // asks for a range; holds one
+	disk     onDisk        // by whoever holds turn
+	stale    atomic.Bool   // the pool's records must be read anew before anything is spent
+	usable   atomic.Bool   // the ranges are this life's: provisional serials can be given from them
+
+	read        atomic.Pointer[time.Time] // when they were, by a clock that nobody sets; nil before
+	left        atomic.Uint64             // ranges.Count() without what is spent provisionally, for readers
+	life        atomic.Uint64             // id.Incarnation, for readers
+	uncommitted atomic.Uint64             // provisional serials of namespaces, for readers
 }
 
 func newRegistrar(a *Agent) *registrar {
-	r := &registrar{a: a, turn: make(chan struct{}, 1), burned: map[alloc.Serial]bool{}}
+	r := &registrar{a: a, turn: make(chan struct{}, 1), burned: map[alloc.Serial]bool{}, replaced: map[string]alloc.Serial{}, low: make(chan struct{}, 1)}
 	r.turn <- struct{}{}
 	return r
 }
 
-// hold takes the turn. The returned function gives it back.
+// hold takes the turn to work with the pool: what is known of the pool's records holds, and nothing is
+// provisional. The returned function gives the turn back.
 func (r *registrar) hold(ctx context.Context) (func(), error) {
-	if err := r.a.waitJoined(ctx); err != nil {
+	if err := r.a.waitReached(ctx); err != nil {
 		return nil, err
 	}
+	done, err := r.holdAway(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.catchUp(ctx); err != nil {
+		done()
+		return nil, err
+	}
+	return done, nil
+}
+
+// holdAway takes the turn to work without the pool.
+func (r *registrar) holdAway(ctx context.Context) (func(), error) {
 	select {
 	case <-r.turn:
 	case <-ctx.Done():
 		return nil, fmt.Errorf("another registration is under way: %w", context.Cause(ctx))
 	}
-	if r.stale.Load() {
-		if err := r.joinHeld(ctx); err != nil {
-			r.turn <- struct{}{}
-			return nil, err
+	return func() {
+		r.keep()
+		r.turn <- struct{}{}
+	}, nil
+}
+
+// catchUp reads the pool's records anew where that is due, and commits what is provisional. Another life of
+// this state may have spent our serials meanwhile; then what is ours is told from the records once more.
+func (r *registrar) catchUp(ctx context.Context) error {
+	for again := true; ; again = false {
+		if r.stale.Load() {
+			if err := r.joinHeld(ctx); err != nil {
+				return err
+			}
+		}
+		err := r.commitPending(ctx)
+		if err == nil && !r.stale.Load() || !again || err != nil && alloc.ReasonOf(err) != alloc.ReasonRange {
+			return err
 		}
 	}
-	return func() { r.turn <- struct{}{} }, nil
 }
 
 // join says Hello and reads what is ours.
 func (r *registrar) join(ctx context.Context) error {
-	select {
-	case <-r.turn:
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	done, err := r.holdAway(ctx)
+	if err != nil {
+		return err
 	}
-	defer func() { r.turn <- struct{}{} }()
+	defer done()
 	return r.joinHeld(ctx)
 }
 
@@ -107,10 +137,13 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 	}
 	a.sayPutAside(ctx, owned)
 	r.id = id
+	r.joins++
 	r.life.Store(uint64(id.Incarnation))
+	r.usable.Store(true)
 	r.spent(host.Granted)
 	a.poolRec.Store(pool)
-	a.book.replace(a.cfg.Host, owned)
+	r.reconcile(owned)
+	a.book.replace(a.cfg.Host, owned, r.pending)
 	r.stale.Store(false)
 	now := time.Now()
 	r.read.Store(&now)
@@ -125,6 +158,7 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 // renew has id on disk before anything more is asked of the pool; by the holder.
 func (r *registrar) renew(id identity) {
 	r.renewed = &id
+	r.usable.Store(false)
 	r.stale.Store(true)
 }
 
@@ -157,7 +191,7 @@ func (a *Agent) sayPutAside(ctx context.Context, owned []*alloc.Sandbox) {
 		still[s.Serial] = true
 	}
 	for _, s := range a.book.all() {
-		if still[s.Serial] {
+		if still[s.Serial] || a.book.isProvisional(s.Serial) {
 			continue
 		}
 		// Its serial can be of another sandbox as well: a clash is what was mended.
@@ -179,21 +213,18 @@ func (r *registrar) mutation() alloc.Mutation {
 	return alloc.Mutation{Host: r.a.cfg.Host, Incarnation: r.id.Incarnation}
 }
 
-// take sets aside n serials for one command; by the holder. Nothing is spent until that command
-// commits: it names all of spend, and the pool compares. spend begins with what has to be burned.
+// take sets aside n serials for one command; by the holder, while nothing is provisional. Nothing is spent until
+// that command commits: it names all of spend, and the pool compares. spend begins with what has to be burned.
+// It waits for the pool only where the spare has not come in time.
 func (r *registrar) take(ctx context.Context, n int) (spend alloc.Ranges, serials []alloc.Serial, err error) {
 	skip := r.toBurn()
 	need := skip + uint64(n)
-	if n > 0 && r.ranges.Count() < need+lowWater {
-		granted, err := r.a.pool.Grant(ctx, alloc.GrantCommand{Mutation: r.mutation(), Count: max(grantSize, need)})
-		switch {
-		case err == nil:
-			r.spent(granted)
-		case r.ranges.Count() < need:
+	if n > 0 && r.ranges.Count() < need {
+		granted, err := r.a.pool.Grant(ctx, alloc.GrantCommand{Mutation: r.mutation(), Count: max(r.grants.size(), need)})
+		if err != nil {
 			return nil, nil, r.failed(err)
-		default:
-			_ = r.failed(err) // there is enough for this command; the next one asks again
 		}
+		r.granted(granted)
 	}
 	spend, _, ok := r.ranges.Take(need)
 	if !ok {
@@ -217,28 +248,32 @@ func (r *registrar) burn(s alloc.Serial) { r.burned[s] = true }
 func (r *registrar) toBurn() uint64 {
 	var skip uint64
 	for s := range r.burned {
-		var before uint64
-		found := false
-		for _, held := range r.ranges {
-			if held.Contains(s) {
-				before, found = before+uint64(s-held.First)+1, true
-				break
-			}
-			before += held.Count
-		}
+		through, found := r.through(s)
 		if !found {
 			delete(r.burned, s)
 			continue
 		}
-		skip = max(skip, before)
+		skip = max(skip, through)
 	}
 	return skip
+}
+
+// through counts the serials at the front of our ranges up to s, s included.
+func (r *registrar) through(s alloc.Serial) (n uint64, found bool) {
+	for _, held := range r.ranges {
+		if held.Contains(s) {
+			return n + uint64(s-held.First) + 1, true
+		}
+		n += held.Count
+	}
+	return 0, false
 }
 
 // spent notes what the pool says is left.
 func (r *registrar) spent(left alloc.Ranges) {
 	r.ranges = left
-	r.left.Store(left.Count())
+	r.disk.changed = true
+	r.count()
 }
 
 // failed notes what an error means for our copy of the pool's records, and hands it on.
@@ -277,9 +312,7 @@ func (r *registrar) register(ctx context.Context, spend alloc.Ranges, items ...a
 		return nil, r.failed(err)
 	}
 	r.spent(left)
-	for _, s := range out {
-		r.a.book.put(r.a.cfg.Host, s)
-	}
+	r.a.book.commit(r.a.cfg.Host, out, nil)
 	return out, nil
 }
 
@@ -290,5 +323,6 @@ func (r *registrar) moved(h alloc.Handoff, err error) error {
 	}
 	s := h.Sandbox
 	r.a.book.put(r.a.cfg.Host, &s)
+	r.disk.changed = true
 	return nil
 }

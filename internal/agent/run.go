@@ -254,7 +254,7 @@ func (r *runs) lose(lost []runName) error {
 		return err
 	}
 	for _, name := range lost {
-		if err := r.a.state.putAside(name); err != nil {
+		if err := r.a.state.putAside(name.file()); err != nil {
 			return err
 		}
 	}

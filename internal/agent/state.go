@@ -44,6 +44,8 @@ type stateDir struct {
 	// holder once the agent runs.
 	id   identity
 	kept unknown
+	// keptLedger is what a newer agent had put into the ledger; by the registrar's holder.
+	keptLedger unknown
 }
 
 // errStateGone says that the directory in use is not the one at its path any more.
@@ -125,7 +127,7 @@ func guardState(dir string) error {
 
 // clean removes what a write that was cut off left behind, and nothing that people put there.
 func (s *stateDir) clean() error {
-	for _, left := range []string{"." + identityFile + "*", runsDir + "/.*" + runSuffix + "*"} {
+	for _, left := range []string{"." + identityFile + "*", "." + ledgerFile + "*", runsDir + "/.*" + runSuffix + "*"} {
 		names, err := filepath.Glob(filepath.Join(s.path, left))
 		if err != nil {
 			return fmt.Errorf("state directory: %w", err)
@@ -246,6 +248,11 @@ func (s *stateDir) write(name string, v any, kept unknown) error {
 	if err != nil {
 		return fmt.Errorf("state %s: %w", name, err)
 	}
+	return s.writeSealed(name, data)
+}
+
+// writeSealed is write for what is a file already.
+func (s *stateDir) writeSealed(name string, data []byte) error {
 	if err := s.held(); err != nil {
 		return err
 	}
@@ -319,9 +326,9 @@ func readRun(path string, n runName) (rec runRecord, err error) {
 	return rec, err
 }
 
-// putAside makes it durable that the record of a run is lost. The file is kept for people to look at.
-func (s *stateDir) putAside(n runName) error {
-	file := filepath.Join(s.path, n.file())
+// putAside makes it durable that a file is lost, such as the record of a run. It is kept for people to look at.
+func (s *stateDir) putAside(name string) error {
+	file := filepath.Join(s.path, name)
 	killpoint.At(killpoint.AgentAsideRenaming)
 	err := os.Rename(file, file+damagedSuffix)
 	killpoint.At(killpoint.AgentAsideRenamed)
@@ -339,6 +346,12 @@ func (s *stateDir) putAside(n runName) error {
 // which records of runs count as lost, and what to do.
 func ExamineState(path, host string) (lost []error, err error) {
 	if _, _, err := readIdentity(path, host); err != nil {
+		return nil, err
+	}
+	_, _, err = readLedger(path)
+	if _, damaged := errors.AsType[*damage](err); damaged {
+		lost = append(lost, fmt.Errorf("%w; look at the disk and start the agent, which begins a new life with serials of its own and puts it aside", err))
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
 	names, aside, err := runFiles(path)

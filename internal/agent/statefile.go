@@ -77,17 +77,30 @@ func unseal(data []byte) (format int, body []byte, err error) {
 
 // encodeState is v as a file, with the fields that a newer agent had put into it.
 func encodeState(v any, kept unknown) ([]byte, error) {
-	body, err := json.MarshalIndent(v, "", "  ")
-	if err == nil && len(kept) > 0 {
-		all := unknown{}
-		if err = json.Unmarshal(body, &all); err == nil {
-			for name, value := range kept {
-				all[name] = value
-			}
-			body, err = json.MarshalIndent(all, "", "  ")
-		}
+	body, err := json.Marshal(v)
+	if err == nil {
+		body, err = withKept(body, kept)
 	}
-	return seal(stateFormat, body), err
+	var lines bytes.Buffer
+	if err == nil {
+		err = json.Indent(&lines, body, "", "  ")
+	}
+	return seal(stateFormat, lines.Bytes()), err
+}
+
+// withKept is a body with the fields that a newer agent had put into it.
+func withKept(body []byte, kept unknown) ([]byte, error) {
+	if len(kept) == 0 {
+		return body, nil
+	}
+	all := unknown{}
+	if err := json.Unmarshal(body, &all); err != nil {
+		return nil, err
+	}
+	for name, value := range kept {
+		all[name] = value
+	}
+	return json.Marshal(all)
 }
 
 // decodeState reads a file into v, a pointer to a struct. Its errors are damage and newerState.
@@ -123,7 +136,10 @@ func decodeState(path string, data []byte, v any) (unknown, error) {
 // readStateFile reads a file that is ours to believe: regular, not a link, of bounded size, and nobody's
 // but the agent's. It never waits, whatever stands there. An error that is not damage is the disk's, or
 // says that there is nothing.
-func readStateFile(path string) ([]byte, error) {
+func readStateFile(path string) ([]byte, error) { return readStateFileOf(path, maxStateFile) }
+
+// readStateFileOf is readStateFile with a bound of its own.
+func readStateFileOf(path string, most int64) ([]byte, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	switch {
 	case errors.Is(err, unix.ELOOP), errors.Is(err, unix.ENXIO): // a link; a socket
@@ -140,12 +156,12 @@ func readStateFile(path string) ([]byte, error) {
 	switch {
 	case st.Mode&unix.S_IFMT != unix.S_IFREG:
 		return nil, &damage{path, "it is not a regular file"}
-	case st.Size > maxStateFile:
+	case st.Size > most:
 		return nil, &damage{path, fmt.Sprintf("it has %d bytes, more than an agent writes", st.Size)}
 	case int(st.Uid) != os.Geteuid():
 		return nil, &damage{path, fmt.Sprintf("it belongs to user %d, not to the agent's", st.Uid)}
 	case st.Mode&0o022 != 0:
 		return nil, &damage{path, fmt.Sprintf("others than its owner may write it (%#o)", st.Mode&0o777)}
 	}
-	return io.ReadAll(io.LimitReader(f, maxStateFile))
+	return io.ReadAll(io.LimitReader(f, most))
 }

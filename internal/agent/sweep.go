@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"math"
 	"slices"
 	"time"
 
@@ -12,8 +13,11 @@ import (
 
 // sweepLoop sweeps at once when asked, and every interval.
 func (a *Agent) sweepLoop(ctx context.Context) error {
-	if err := a.waitJoined(ctx); err != nil {
-		return nil // ctx ended
+	select {
+	case <-a.joined:
+	case <-a.alone:
+	case <-ctx.Done():
+		return nil
 	}
 	t := time.NewTicker(a.cfg.SweepInterval)
 	defer t.Stop()
@@ -42,14 +46,19 @@ func (a *Agent) sweepLoop(ctx context.Context) error {
 }
 
 // sweep numbers what it sees without a serial, and notes what is gone. One sandbox that the pool refuses
-// does not keep the others waiting. unseen counts the sweeps that did not see a binding's namespace.
+// does not keep the others waiting. What is gone while the pool is away is noted when it is back. unseen counts
+// the sweeps that did not see a binding's namespace.
 func (a *Agent) sweep(ctx context.Context, unseen map[alloc.Serial]int) (map[alloc.Serial]int, error) {
 	procs, err := a.numberAll(ctx)
 	if procs == nil {
 		return unseen, err
 	}
-	unseen, goneErr := a.noteGone(ctx, procs, unseen)
-	if err = errors.Join(err, goneErr); err == nil {
+	if !a.away() {
+		var goneErr error
+		unseen, goneErr = a.noteGone(ctx, procs, unseen)
+		err = errors.Join(err, goneErr)
+	}
+	if err == nil {
 		now := time.Now()
 		a.swept.Store(&now)
 	}
@@ -59,14 +68,26 @@ func (a *Agent) sweep(ctx context.Context, unseen map[alloc.Serial]int) (map[all
 // numberAll numbers what has no serial, and returns the processes that it saw. Mostly there is nothing to
 // do, which a look tells that keeps nobody waiting.
 func (a *Agent) numberAll(ctx context.Context) ([]kernelns.Process, error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
 	procs, err := a.kernel.Sweep(ctx)
 	if err != nil || a.allNumbered(procs) {
 		return procs, err
 	}
-	return procs, a.withNumberable(ctx, func(seen []kernelns.Process) error {
-		return a.numberGroups(ctx, a.groups(seen))
+	if !a.away() {
+		try, cancel := context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+		err := a.withNumberable(try, func(seen []kernelns.Process) error {
+			err := a.numberGroups(try, a.groups(seen), alloc.MaxRegister, a.registerEach)
+			if err == nil {
+				a.registrar.forgetReplaced()
+			}
+			return err
+		})
+		if err == nil || !unreached(err) || ctx.Err() != nil {
+			return procs, err
+		}
+	}
+	return procs, a.withNumberableAway(ctx, func(seen []kernelns.Process) error {
+		return a.numberGroups(ctx, a.groups(seen), math.MaxInt, a.registrar.provide)
 	})
 }
 
@@ -80,12 +101,31 @@ func (a *Agent) withNumberable(ctx context.Context, do func([]kernelns.Process) 
 		return err
 	}
 	defer done()
+	return a.numberable(ctx, a.registerEach, do)
+}
+
+// withNumberableAway is withNumberable without the pool: what is numbered gets provisional serials.
+func (a *Agent) withNumberableAway(ctx context.Context, do func([]kernelns.Process) error) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	done, err := a.registrar.holdAway(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	return a.numberable(ctx, a.registrar.provide, do)
+}
+
+// numberable numbers the host's own namespaces, and calls do with the processes that may be numbered.
+func (a *Agent) numberable(ctx context.Context, commit func(context.Context, []wish) error, do func([]kernelns.Process) error) error {
 	procs, err := a.kernel.Sweep(ctx)
 	if err != nil {
 		return err
 	}
-	if err := a.numberHost(ctx); err != nil {
-		return err
+	if w := a.hostsWish(); w != nil {
+		if err := commit(ctx, []wish{*w}); err != nil {
+			return err
+		}
 	}
 	return do(leaveOut(procs, slices.Concat(a.runs.building(), a.byClaims(alloc.StateClaimed), a.leftBehind(procs))))
 }
@@ -141,6 +181,16 @@ func (a *Agent) missingOfHost() []unnumbered {
 
 // numberHost makes sure that the host's own namespaces have serials on this boot.
 func (a *Agent) numberHost(ctx context.Context) error {
+	w := a.hostsWish()
+	if w == nil {
+		return nil
+	}
+	_, err := a.registerOne(ctx, *w)
+	return err
+}
+
+// hostsWish is what the host's own sandbox needs; nil for nothing.
+func (a *Agent) hostsWish() *wish {
 	known, add := a.book.ofHost(a.bootID()), a.missingOfHost()
 	if len(add) == 0 {
 		return nil
@@ -151,8 +201,7 @@ func (a *Agent) numberHost(ctx context.Context) error {
 	} else {
 		item.Labels = map[string]string{"command": "host " + a.cfg.Host}
 	}
-	_, err := a.registerOne(ctx, wish{item: item, add: add})
-	return err
+	return &wish{item: item, add: add, keeps: true}
 }
 
 // tree names processes to leave alone: everything below pid that was started at or after since.

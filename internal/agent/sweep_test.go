@@ -305,32 +305,3 @@ func TestIdentify(t *testing.T) {
 		}
 	}
 }
-
-// TestPoolAway: without a pool what is known is answered, and what is new waits.
-func TestPoolAway(t *testing.T) {
-	h := newHost(t)
-	known := container(t, containerFlags)
-	before := h.serials(known.pid)
-	h.pool.setAway(true)
-	fresh := container(t, containerFlags)
-	l := &local{a: h.Agent}
-	if _, err := l.Identify(t.Context(), &nsallocv1.IdentifyRequest{Pid: int32(known.pid)}); err != nil {
-		t.Error(err)
-	}
-	if _, err := l.Identify(t.Context(), &nsallocv1.IdentifyRequest{Pid: int32(fresh.pid)}); alloc.ReasonOf(err) != alloc.ReasonUnavailable || !strings.Contains(err.Error(), "the server is away") {
-		t.Errorf("a namespace without a serial: %v", err)
-	}
-	h.eventually("the status says so", func() error {
-		s, err := l.Status(t.Context(), nil)
-		if err == nil && (s.GetConnected() || s.GetTrouble() == "") {
-			err = fmt.Errorf("%v", s)
-		}
-		return err
-	})
-	h.pool.setAway(false)
-	h.serials(fresh.pid)
-	if after := h.serials(known.pid); !maps.Equal(serialsOf(before), serialsOf(after)) {
-		t.Errorf("%v became %v", before, after)
-	}
-	h.consistent()
-}

@@ -7,7 +7,10 @@ import (
 
 // tally counts what was numbered and what ended since it was told last: a busy host has hundreds of
 // either a second, which the log has one by one at level debug.
-type tally struct{ sandboxes, namespaces, ended atomic.Int64 }
+//
+// provisional counts namespaces that got a provisional serial, and void those of which it was given up: the
+// first are numbered once more when they are committed.
+type tally struct{ sandboxes, namespaces, ended, provisional, void atomic.Int64 }
 
 func (t *tally) numbered(newSandbox bool, namespaces int) {
 	if newSandbox {
@@ -21,5 +24,9 @@ func (t *tally) tell(log *slog.Logger) {
 	sandboxes, namespaces, ended := t.sandboxes.Swap(0), t.namespaces.Swap(0), t.ended.Swap(0)
 	if sandboxes+namespaces+ended > 0 {
 		log.Info("numbered", "sandboxes", sandboxes, "namespaces", namespaces, "ended", ended)
+	}
+	provisional, void := t.provisional.Swap(0), t.void.Swap(0)
+	if provisional+void > 0 {
+		log.Warn("numbered provisionally", "namespaces", provisional, "void", void)
 	}
 }

@@ -59,6 +59,8 @@ const (
 	AgentNonceRecorded       Point = "agent/nonce/recorded"
 	AgentIdentityRecording   Point = "agent/identity/recording" // what the first Hello answered
 	AgentIdentityRecorded    Point = "agent/identity/recorded"
+	AgentSerialsRecording    Point = "agent/serials/recording" // what serials were given, and what is left
+	AgentSerialsRecorded     Point = "agent/serials/recorded"
 	AgentNewLifeRecording    Point = "agent/new-life/recording" // another life of the host has taken its place
 	AgentNewLifeRecorded     Point = "agent/new-life/recorded"
 	AgentLostLifeRecording   Point = "agent/lost-life/recording" // its own records of the life before are damaged
@@ -117,6 +119,7 @@ var registered = []struct {
 	{AgentAnswering, actions}, {AgentAnswered, actions},
 	{AgentNonceRecording, nil}, {AgentNonceRecorded, nil},
 	{AgentIdentityRecording, nil}, {AgentIdentityRecorded, nil},
+	{AgentSerialsRecording, nil}, {AgentSerialsRecorded, nil},
 	{AgentNewLifeRecording, nil}, {AgentNewLifeRecorded, nil},
 	{AgentLostLifeRecording, nil}, {AgentLostLifeRecorded, nil},
 	{AgentAsideRenaming, nil}, {AgentAsideRenamed, nil},

@@ -74,7 +74,7 @@ type StatusResponse struct {
 	Connected bool `protobuf:"varint,5,opt,name=connected,proto3" json:"connected,omitempty"`
 	// What went wrong last with the pool, when it is not reached.
 	Trouble string `protobuf:"bytes,6,opt,name=trouble,proto3" json:"trouble,omitempty"`
-	// Serials that the host has left to spend.
+	// Serials that the host has left to spend, without those that are given provisionally.
 	Granted uint64 `protobuf:"varint,7,opt,name=granted,proto3" json:"granted,omitempty"`
 	// Sandboxes and namespaces that live on this host.
 	Sandboxes uint64 `protobuf:"varint,8,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
@@ -87,7 +87,9 @@ type StatusResponse struct {
 	// Kernel identities rest on NS_GET_ID; else they are weak.
 	KernelIds bool `protobuf:"varint,12,opt,name=kernel_ids,json=kernelIds,proto3" json:"kernel_ids,omitempty"`
 	// The hook socket's path, as the agent listens on it.
-	HookSocket    string `protobuf:"bytes,13,opt,name=hook_socket,json=hookSocket,proto3" json:"hook_socket,omitempty"`
+	HookSocket string `protobuf:"bytes,13,opt,name=hook_socket,json=hookSocket,proto3" json:"hook_socket,omitempty"`
+	// Namespaces, of those that live and those that were gone since, whose serials are provisional.
+	Provisional   uint64 `protobuf:"varint,14,opt,name=provisional,proto3" json:"provisional,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -213,6 +215,13 @@ func (x *StatusResponse) GetHookSocket() string {
 	return ""
 }
 
+func (x *StatusResponse) GetProvisional() uint64 {
+	if x != nil {
+		return x.Provisional
+	}
+	return 0
+}
+
 // ListNamespacesRequest can narrow the list.
 type ListNamespacesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -314,15 +323,16 @@ type LiveNamespace struct {
 	Sandbox uint64 `protobuf:"fixed64,2,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
 	// It is the host's own sandbox.
 	OfHost bool `protobuf:"varint,3,opt,name=of_host,json=ofHost,proto3" json:"of_host,omitempty"`
-	// Not committed yet: the serial may still change. Always false in this release, in which an agent lists
-	// only what it has registered.
+	// Not committed yet: the binding's serial may still change.
 	Provisional bool `protobuf:"varint,4,opt,name=provisional,proto3" json:"provisional,omitempty"`
 	// Some pids in it, lowest first, at most 16; of the agent's PID namespace.
 	Pids []int32 `protobuf:"varint,5,rep,packed,name=pids,proto3" json:"pids,omitempty"`
 	// The command of the first pid.
-	Command       string `protobuf:"bytes,6,opt,name=command,proto3" json:"command,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Command string `protobuf:"bytes,6,opt,name=command,proto3" json:"command,omitempty"`
+	// The sandbox is not committed yet either: its serial may still change.
+	SandboxProvisional bool `protobuf:"varint,7,opt,name=sandbox_provisional,json=sandboxProvisional,proto3" json:"sandbox_provisional,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *LiveNamespace) Reset() {
@@ -397,11 +407,20 @@ func (x *LiveNamespace) GetCommand() string {
 	return ""
 }
 
+func (x *LiveNamespace) GetSandboxProvisional() bool {
+	if x != nil {
+		return x.SandboxProvisional
+	}
+	return false
+}
+
 // IdentifyRequest names a process.
 type IdentifyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Its pid in the agent's PID namespace.
-	Pid           int32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	Pid int32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	// Do not wait for the pool: what has no serial yet gets a provisional one.
+	NoWait        bool `protobuf:"varint,2,opt,name=no_wait,json=noWait,proto3" json:"no_wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -441,6 +460,13 @@ func (x *IdentifyRequest) GetPid() int32 {
 		return x.Pid
 	}
 	return 0
+}
+
+func (x *IdentifyRequest) GetNoWait() bool {
+	if x != nil {
+		return x.NoWait
+	}
+	return false
 }
 
 // IdentifyResponse is the eight namespaces of a process.
@@ -705,7 +731,7 @@ const file_nsalloc_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x16nsalloc/v1/agent.proto\x12\n" +
 	"nsalloc.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16nsalloc/v1/types.proto\"\x0f\n" +
-	"\rStatusRequest\"\xa1\x03\n" +
+	"\rStatusRequest\"\xc3\x03\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12\x17\n" +
@@ -724,22 +750,25 @@ const file_nsalloc_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"kernel_ids\x18\f \x01(\bR\tkernelIds\x12\x1f\n" +
 	"\vhook_socket\x18\r \x01(\tR\n" +
-	"hookSocket\"1\n" +
+	"hookSocket\x12 \n" +
+	"\vprovisional\x18\x0e \x01(\x04R\vprovisional\"1\n" +
 	"\x15ListNamespacesRequest\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\x06R\asandbox\"S\n" +
 	"\x16ListNamespacesResponse\x129\n" +
 	"\n" +
 	"namespaces\x18\x01 \x03(\v2\x19.nsalloc.v1.LiveNamespaceR\n" +
-	"namespaces\"\xc1\x01\n" +
+	"namespaces\"\xf2\x01\n" +
 	"\rLiveNamespace\x12-\n" +
 	"\abinding\x18\x01 \x01(\v2\x13.nsalloc.v1.BindingR\abinding\x12\x18\n" +
 	"\asandbox\x18\x02 \x01(\x06R\asandbox\x12\x17\n" +
 	"\aof_host\x18\x03 \x01(\bR\x06ofHost\x12 \n" +
 	"\vprovisional\x18\x04 \x01(\bR\vprovisional\x12\x12\n" +
 	"\x04pids\x18\x05 \x03(\x05R\x04pids\x12\x18\n" +
-	"\acommand\x18\x06 \x01(\tR\acommand\"#\n" +
+	"\acommand\x18\x06 \x01(\tR\acommand\x12/\n" +
+	"\x13sandbox_provisional\x18\a \x01(\bR\x12sandboxProvisional\"<\n" +
 	"\x0fIdentifyRequest\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\x05R\x03pid\"M\n" +
+	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x17\n" +
+	"\ano_wait\x18\x02 \x01(\bR\x06noWait\"M\n" +
 	"\x10IdentifyResponse\x129\n" +
 	"\n" +
 	"namespaces\x18\x01 \x03(\v2\x19.nsalloc.v1.LiveNamespaceR\n" +

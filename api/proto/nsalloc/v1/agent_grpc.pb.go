@@ -38,11 +38,17 @@ type AgentClient interface {
 	// in it. Answers from the agent's own view, also while the pool is away.
 	ListNamespaces(ctx context.Context, in *ListNamespacesRequest, opts ...grpc.CallOption) (*ListNamespacesResponse, error)
 	// Identify answers which namespaces a process is in, by serial. Namespaces that have none yet get
-	// one and are registered before it answers, so that no serial in the answer changes any more.
+	// one and are registered before it answers: a serial that is not marked provisional never changes.
+	//
+	// While the pool is away, or when it does not commit within 3 s, and for a caller who does not wait, what is
+	// not committed is answered with provisional serials, which are durable on the host. They become final when
+	// the pool commits them, in the background and within seconds of its return; they are replaced by others, and
+	// the agent logs that, only when the host's ranges turn out to be somebody else's: its state was copied,
+	// rolled back or lost, or the pool took a new generation.
 	//
 	// The pid is one of the agent's PID namespace. Errors: PROCESS_NOT_FOUND (NOT_FOUND),
-	// STORE_UNAVAILABLE (UNAVAILABLE: something had to be registered and the pool was not reached within
-	// the deadline).
+	// STORE_UNAVAILABLE (UNAVAILABLE: the pool was not reached and there is no provisional serial to give: the
+	// agent never joined since its state was made, its ranges are given out, or its disk takes no writes).
 	Identify(ctx context.Context, in *IdentifyRequest, opts ...grpc.CallOption) (*IdentifyResponse, error)
 	// ListRuns reads the CRIU runs that the agent follows or followed lately, newest first.
 	ListRuns(ctx context.Context, in *ListRunsRequest, opts ...grpc.CallOption) (*ListRunsResponse, error)
@@ -109,11 +115,17 @@ type AgentServer interface {
 	// in it. Answers from the agent's own view, also while the pool is away.
 	ListNamespaces(context.Context, *ListNamespacesRequest) (*ListNamespacesResponse, error)
 	// Identify answers which namespaces a process is in, by serial. Namespaces that have none yet get
-	// one and are registered before it answers, so that no serial in the answer changes any more.
+	// one and are registered before it answers: a serial that is not marked provisional never changes.
+	//
+	// While the pool is away, or when it does not commit within 3 s, and for a caller who does not wait, what is
+	// not committed is answered with provisional serials, which are durable on the host. They become final when
+	// the pool commits them, in the background and within seconds of its return; they are replaced by others, and
+	// the agent logs that, only when the host's ranges turn out to be somebody else's: its state was copied,
+	// rolled back or lost, or the pool took a new generation.
 	//
 	// The pid is one of the agent's PID namespace. Errors: PROCESS_NOT_FOUND (NOT_FOUND),
-	// STORE_UNAVAILABLE (UNAVAILABLE: something had to be registered and the pool was not reached within
-	// the deadline).
+	// STORE_UNAVAILABLE (UNAVAILABLE: the pool was not reached and there is no provisional serial to give: the
+	// agent never joined since its state was made, its ranges are given out, or its disk takes no writes).
 	Identify(context.Context, *IdentifyRequest) (*IdentifyResponse, error)
 	// ListRuns reads the CRIU runs that the agent follows or followed lately, newest first.
 	ListRuns(context.Context, *ListRunsRequest) (*ListRunsResponse, error)

@@ -1,0 +1,114 @@
+package agent
+
+import (
+	"context"
+	"time"
+
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+)
+
+// A host's ranges. While the pool is there nothing waits for one: when less than a whole range is left, the
+// next is fetched in the background, beside what is registered meanwhile. So when the pool goes away there is at
+// least one whole range to number from, and that is about a minute of use, or minGrant.
+const (
+	// minGrant is what a quiet host holds. That it would use up in hours; but hosts are quiet until they are
+	// filled anew, perhaps while the pool is away: it takes 4,000 sandboxes of one namespace, or 900 of
+	// eight. What a lost state burns of it is nothing: 2^48 serials are 17 billion such ranges.
+	minGrant = 8192
+	// maxGrant is a minute at 1,000 serials a second, and bounds what a runaway host can burn.
+	maxGrant = 65536
+	// A range that is used up sooner than shortUse was too small, one that lasts longer than longUse too large.
+	shortUse = 30 * time.Second
+	longUse  = 2 * time.Minute
+)
+
+// pace is how many serials this host asks for at once: about what it uses in a minute.
+type pace struct {
+	n  uint64
+	at time.Time // when a range was granted last; zero before
+}
+
+func (p *pace) size() uint64 { return min(max(p.n, minGrant), maxGrant) }
+
+// granted notes that another range was needed: what was granted last has been used up since.
+func (p *pace) granted(now time.Time) {
+	if lasted := now.Sub(p.at); p.at.IsZero() {
+	} else if lasted < shortUse {
+		p.n = min(2*p.size(), maxGrant)
+	} else if lasted > longUse {
+		p.n = max(p.size()/2, minGrant)
+	}
+	p.at = now
+}
+
+// granted notes what the pool has granted; by the holder.
+func (r *registrar) granted(all alloc.Ranges) {
+	r.grants.granted(time.Now())
+	r.spent(all)
+}
+
+// count tells readers what is left, and asks for more in time; by the holder.
+func (r *registrar) count() {
+	left, namespaces := r.ranges.Count()-r.used(), 0
+	for _, e := range r.pending {
+		namespaces += len(e.Add)
+	}
+	r.left.Store(left)
+	r.uncommitted.Store(uint64(namespaces))
+	if left < r.grants.size() {
+		select {
+		case r.low <- struct{}{}:
+		default: // it is asked for
+		}
+	}
+}
+
+// rangesLoop fetches ranges. What fails is asked for again at the next registration, or when the pool's
+// records are read anew.
+func (a *Agent) rangesLoop(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-a.registrar.low:
+		}
+		if err := a.registrar.refill(ctx); err != nil && ctx.Err() == nil {
+			a.log.Debug("no range was granted", "cause", err)
+		}
+	}
+}
+
+// refill fetches a range, without the turn while the pool works on it.
+func (r *registrar) refill(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	done, err := r.hold(ctx)
+	if err != nil {
+		return err
+	}
+	cmd := alloc.GrantCommand{Mutation: r.mutation(), Count: r.grants.size()}
+	enough, joins := r.left.Load() >= r.grants.size(), r.joins
+	done()
+	if enough {
+		return nil
+	}
+	all, grantErr := r.a.pool.Grant(ctx, cmd)
+	if done, err = r.holdAway(context.WithoutCancel(ctx)); err != nil {
+		return err
+	}
+	defer done()
+	switch {
+	case grantErr != nil:
+		return r.failed(grantErr)
+	case r.joins != joins:
+		r.stale.Store(true) // what was read meanwhile may have it, or not
+		return nil
+	}
+	// What was spent meanwhile is in all still, or is not: only the range that came is news. Ranges of one
+	// generation are granted in ascending order.
+	last := all[len(all)-1]
+	if n := len(r.ranges); n == 0 || r.ranges[n-1].Last() < last.First {
+		r.granted(append(r.ranges[:n:n], last))
+	}
+	return nil
+}
