@@ -53,6 +53,11 @@ var expected = []struct{ cells, verdict string }{
 	{`^agent/(lost-life|aside)/.* target$`, transit},
 	{`^agent/run/`, transit},
 
+	// What serials were given is written at the end of every turn that changed it: of a dump's first when the
+	// checkpoint is committed, where the one before had nothing to say; of a restore's when it is claimed.
+	{`^agent/serials/.* source$`, onA + either + onAVoid},
+	{`^agent/serials/.* target$`, transit},
+
 	// A dump. Nothing is promised before the checkpoint is committed, a veto after; 0 counts as given from the
 	// moment at which it is on disk.
 	{`^agent/(pre-dump|network-lock)/answered`, onA + either + onAVoid + either + transit + either + overCopy},

@@ -206,7 +206,7 @@ var byAction = map[string][]place{
 // byWrite is where the agent writes what.
 var byWrite = map[string][]place{
 	"nonce": onLost, "identity": onLost, "new-life": {{"source", "other-life-a"}, {"target", "other-life-b"}},
-	"lost-life": onDamaged, "aside": onDamaged,
+	"serials": {{"source", "dump"}, {"target", "restore"}}, "lost-life": onDamaged, "aside": onDamaged,
 	"manifest": onDump, "checkpoint": onDump, "untaken": {{"source", "untaken"}},
 	"claim": onRestore, "root": onRestore, "tree": onRestore, "parked": {{"target", "parked"}},
 	"outcome": {{"source", "dump"}, {"target", "restore"}}, "run": {{"source", "forget"}},

@@ -206,8 +206,9 @@ func (e *examination) agentSocket(ctx context.Context) checkup {
 		if trouble == "" {
 			trouble = "it does not say why"
 		}
-		return bad("look at the agent's log and at the server line below; until then new namespaces wait for their serial",
-			"%s: does not reach the pool: %s", name, trouble)
+		return bad("look at the agent's log and at the server line below; until then dumps and restores are refused, and what is new gets a provisional serial or waits for one",
+			"%s: does not reach the pool: %s; %s with a provisional serial, and %s left to give", name, trouble,
+			count(int(st.GetProvisional()), "namespace", "namespaces"), count(int(st.GetGranted()), "is", "are"))
 	case swept.IsZero():
 		return doubtful("wait for the first sweep", "%s: connected, has not swept /proc yet", name)
 	case e.now().Sub(swept) > 5*time.Minute:

@@ -58,17 +58,13 @@ func (c *cli) printLive(found []*nsallocv1.LiveNamespace) error {
 		Namespaces []liveDoc `json:"namespaces"`
 	}{[]liveDoc{}}
 	a := answer{empty: "no namespaces are numbered here; the agent's first sweep numbers those of this host"}
-	provisional := false
 	for _, n := range found {
 		doc.Namespaces = append(doc.Namespaces, liveView(n))
 		a.names = append(a.names, alloc.Serial(n.GetBinding().GetSerial()).String())
-		provisional = provisional || n.GetProvisional()
 	}
 	a.doc = doc
 	a.table = func() *table { return c.liveTable(found) }
-	if provisional {
-		a.after = "\n* provisional: not committed by the pool yet, the number may still change"
-	}
+	a.after = provisionalNote(found)
 	return c.print(a)
 }
 
@@ -81,12 +77,12 @@ func (c *cli) liveTable(found []*nsallocv1.LiveNamespace) *table {
 	before := alloc.Serial(0)
 	for _, n := range found {
 		b := wire.BindingFromWire(n.GetBinding())
-		serial := in(styleKey, b.Serial.String())
+		serial := in(styleKey, b.Serial.String()+provisionalMark(n.GetProvisional()))
 		if n.GetProvisional() {
-			serial = in(styleWarn, b.Serial.String()+"*")
+			serial.style = styleWarn
 		}
 		sandbox := alloc.Serial(n.GetSandbox())
-		of := in(stylePlain, serialText(sandbox))
+		of := in(stylePlain, serialText(sandbox)+provisionalMark(n.GetSandboxProvisional()))
 		if n.GetOfHost() || sandbox == before {
 			of.style = styleDim // the first line of each container stands out
 		}

@@ -93,11 +93,13 @@ type rangeDoc struct {
 
 type liveDoc struct {
 	bindingDoc
-	Sandbox     string  `json:"sandbox"`
-	OfHost      bool    `json:"of_host"`
-	Provisional bool    `json:"provisional"`
-	Pids        []int32 `json:"pids"`
-	Command     string  `json:"command"`
+	Sandbox string `json:"sandbox"`
+	OfHost  bool   `json:"of_host"`
+	// Provisional and SandboxProvisional: the pool has not committed that serial yet, it may still change.
+	Provisional        bool    `json:"provisional"`
+	SandboxProvisional bool    `json:"sandbox_provisional"`
+	Pids               []int32 `json:"pids"`
+	Command            string  `json:"command"`
 }
 
 type poolDoc struct {
@@ -200,7 +202,7 @@ func hostView(h *alloc.Host) hostDoc {
 func liveView(n *nsallocv1.LiveNamespace) liveDoc {
 	d := liveDoc{
 		bindingDoc: bindingView(wire.BindingFromWire(n.GetBinding())), Sandbox: serialText(alloc.Serial(n.GetSandbox())),
-		OfHost: n.GetOfHost(), Provisional: n.GetProvisional(), Pids: slices.Clone(n.GetPids()), Command: n.GetCommand(),
+		OfHost: n.GetOfHost(), Provisional: n.GetProvisional(), SandboxProvisional: n.GetSandboxProvisional(), Pids: slices.Clone(n.GetPids()), Command: n.GetCommand(),
 	}
 	if d.Pids == nil {
 		d.Pids = []int32{}

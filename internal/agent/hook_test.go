@@ -332,6 +332,7 @@ func TestLateHook(t *testing.T) {
 // TestRequestIDs: what is asked again is asked under the same id, and nothing else is.
 func TestRequestIDs(t *testing.T) {
 	h := newHost(t)
+	h.spare() // nothing else is asked meanwhile
 	h.pool.store.SetFaults(func(op memstore.Op) memstore.Fault {
 		if op.Commit && op.N%2 == 0 {
 			return memstore.Fault{Outcome: memstore.Unavailable}

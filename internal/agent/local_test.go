@@ -48,6 +48,7 @@ func TestLocalStatus(t *testing.T) {
 // again by itself until there is no time left to be told.
 func TestIdentifyOnce(t *testing.T) {
 	h := newHost(t)
+	h.spare()
 	h.pool.setAway(true)
 	h.useUp(4)
 	fresh := container(t, containerFlags)

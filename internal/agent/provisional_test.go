@@ -85,15 +85,20 @@ func (h *host) provisional(pid int, want bool) map[alloc.NamespaceType]alloc.Ser
 	return found
 }
 
-// useUp leaves n serials of what the agent holds, once it holds what it should.
-func (h *host) useUp(n uint64) {
+// spare waits until the agent holds a whole range.
+func (h *host) spare() {
 	h.t.Helper()
 	h.eventually("it holds a range", func() error {
-		if left := h.registrar.left.Load(); left < n {
+		if left := h.registrar.left.Load(); left < minGrant {
 			return fmt.Errorf("%d are left", left)
 		}
 		return nil
 	})
+}
+
+// useUp leaves n serials of what the agent holds.
+func (h *host) useUp(n uint64) {
+	h.t.Helper()
 	done, err := h.registrar.holdAway(h.t.Context())
 	if err != nil {
 		h.t.Fatal(err)
@@ -549,12 +554,7 @@ func TestPace(t *testing.T) {
 // TestSpare: a registration does not wait for a range, which is fetched beside it before one is needed.
 func TestSpare(t *testing.T) {
 	h := newHost(t)
-	h.eventually("it holds a range", func() error {
-		if left := h.registrar.left.Load(); left < minGrant {
-			return fmt.Errorf("%d are left", left)
-		}
-		return nil
-	})
+	h.spare()
 	asked, answer := make(chan struct{}), make(chan struct{})
 	h.pool.before("Grant", func() {
 		close(asked)

@@ -48,7 +48,10 @@ func TestManyContainers(t *testing.T) {
 		all = append(all, container(t, unix.CLONE_NEWUTS|unix.CLONE_NEWPID))
 	}
 	h.start()
-	if n := h.pool.calls["Register"]; n > 4 {
+	h.pool.mu.Lock()
+	n := h.pool.calls["Register"]
+	h.pool.mu.Unlock()
+	if n > 4 {
 		t.Errorf("%d registrations for %d containers", n, len(all))
 	}
 	for _, c := range all {

@@ -181,6 +181,21 @@ func (p *Pool) StartServer(ctx context.Context) error {
 // StartAgent starts a host's agent on the state that it had, and waits until it has joined the pool and
 // swept once.
 func (p *Pool) StartAgent(ctx context.Context, host string) error {
+	began := time.Now()
+	return p.startAgent(ctx, host, func(s *nsallocv1.StatusResponse) error {
+		if !s.GetConnected() || s.GetSwept() == nil || s.GetSwept().AsTime().Before(began) {
+			return fmt.Errorf("it has not joined and swept yet: %s", s.GetTrouble())
+		}
+		return nil
+	})
+}
+
+// StartAgentAway is StartAgent while the pool is away: it waits until the agent answers.
+func (p *Pool) StartAgentAway(ctx context.Context, host string) error {
+	return p.startAgent(ctx, host, func(*nsallocv1.StatusResponse) error { return nil })
+}
+
+func (p *Pool) startAgent(ctx context.Context, host string, ready func(*nsallocv1.StatusResponse) error) error {
 	h := p.Host(host)
 	d, err := p.start("agent-"+host, func(ctx context.Context) *exec.Cmd {
 		return h.Command(ctx, binDir+"/nsalloc-agent", p.o.AgentArgs...)
@@ -191,17 +206,16 @@ func (p *Pool) StartAgent(ctx context.Context, host string) error {
 	p.mu.Lock()
 	p.agents[host] = d
 	p.mu.Unlock()
-	began := time.Now()
 	return d.until(ctx, "agent of host "+host, func(ctx context.Context) error {
 		a, err := p.Agent(host)
 		if err != nil {
 			return err
 		}
 		s, err := a.Status(ctx, &nsallocv1.StatusRequest{})
-		if err == nil && (!s.GetConnected() || s.GetSwept() == nil || s.GetSwept().AsTime().Before(began)) {
-			err = fmt.Errorf("it has not joined and swept yet: %s", s.GetTrouble())
+		if err != nil {
+			return err
 		}
-		return err
+		return ready(s)
 	})
 }
 
