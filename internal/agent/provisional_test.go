@@ -171,9 +171,12 @@ func TestNoWait(t *testing.T) {
 	h := idleHost(t)
 	h.quiet = true
 	h.start()
+	answer := make(chan struct{})
+	h.pool.before("Register", func() { <-answer })
 	c := container(t, containerFlags)
 	l := &local{a: h.Agent}
 	resp, err := l.Identify(t.Context(), &nsallocv1.IdentifyRequest{Pid: int32(c.pid), NoWait: true})
+	close(answer)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -63,6 +63,24 @@ func (r *registrar) count() {
 	}
 }
 
+// first gets a host that holds nothing its first range; by the holder. Who is refused goes on without: nothing is
+// numbered until another try is answered.
+func (r *registrar) first(ctx context.Context) error {
+	if len(r.ranges) > 0 {
+		return nil
+	}
+	all, err := r.a.pool.Grant(ctx, alloc.GrantCommand{Mutation: r.mutation(), Count: r.grants.size()})
+	switch {
+	case err == nil:
+		r.granted(all)
+	case unreached(err):
+		return r.failed(err)
+	default:
+		r.a.log.Warn("the pool grants this host no serials", "cause", r.failed(err))
+	}
+	return nil
+}
+
 // rangesLoop fetches ranges. What fails is asked for again at the next registration, or when the pool's
 // records are read anew.
 func (a *Agent) rangesLoop(ctx context.Context) error {

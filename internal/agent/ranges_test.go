@@ -22,12 +22,15 @@ func TestOneRefused(t *testing.T) {
 			if away {
 				h.goAway()
 			}
+			var all []*proc
+			for range 10 {
+				all = append(all, container(t, unix.CLONE_NEWUTS))
+			}
 			bad := spawn(t, 0, "/proc/self/exe", roleVar+"=unsharer")
 			if bad.tell("bad") != "true" || bad.tell("uts") != "true" {
 				t.Fatal("the process could not do it")
 			}
-			var all []*proc
-			for range 30 {
+			for range 20 {
 				all = append(all, container(t, unix.CLONE_NEWUTS))
 			}
 			h.pool.mu.Lock()

@@ -141,6 +141,9 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 	r.life.Store(uint64(id.Incarnation))
 	r.usable.Store(true)
 	r.spent(host.Granted)
+	if err := r.first(ctx); err != nil {
+		return err
+	}
 	a.poolRec.Store(pool)
 	r.reconcile(owned)
 	a.book.replace(a.cfg.Host, owned, r.pending)

@@ -90,11 +90,11 @@ var mutations = []mutation{
 
 	// Serials while the pool is away.
 	{"a provisional serial is told before it is on disk", agent + "/provisional.go", "	if err := r.save(pending); err != nil {\n		return err\n	}\n	r.pending = pending", "	_ = r.save(pending)\n	r.pending = pending", agent, "TestProvisionalDiskTrouble/full"},
-	{"a provisional serial is called committed", agent + "/book.go", "			b.provisional[bd.Serial] = true\n", "", agent, "TestPoolAway"},
+	{"a provisional serial is called committed", agent + "/book.go", "			b.provisional[bd.Serial] = true\n", "			b.provisional[bd.Serial] = false\n", agent, "TestPoolAway"},
 	{"a provisional serial is given again", agent + "/provisional.go", "			n = max(n, through)\n", "			_ = through\n", agent, "TestRestartAway"},
 	{"what was committed before the agent died is given up", agent + "/provisional.go", "			case b.Serial:\n				continue\n", "", agent, "TestLedgerBehind"},
-	{"serials of ranges that are lost stay", agent + "/provisional.go", "return !r.ranges.Contains(s) }):", "return false }):", agent, "TestRangesLostAway/a_twin_spent_them"},
-	{"who waits gets a provisional serial", agent + "/local.go", "	if committed || numbered && (noWait || a.away()) {", "	if numbered {", agent, "TestNoWait"},
+	{"serials of ranges that are lost stay", agent + "/provisional.go", "return !r.ranges.Contains(s) }):", "return false }):", agent, "TestRangesLostAway/a_new_generation"},
+	{"who waits gets a provisional serial", agent + "/local.go", "	if committed || numbered && (noWait || a.away()) {", "	if committed || numbered {", agent, "TestNoWait"},
 	{"an agent goes on without its ledger", agent + "/provisional.go", "\"file\", ledgerFile)\n		r.newLife()\n		return nil\n", "\"file\", ledgerFile)\n		return nil\n", agent, "TestLedgerLost/gone"},
 	{"one registration that is refused holds up others", agent + "/number.go", "	if err == nil || !refused(err) || len(wishes) == 1 {", "	if true {", agent, "TestOneRefused/direct"},
 	{"a refused batch is given up as a whole", agent + "/provisional.go", "	case n == 1:\n		r.drop(err)", "	case true:\n		r.drop(err)", agent, "TestOneRefused/provisional"},
