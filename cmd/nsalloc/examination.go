@@ -209,6 +209,9 @@ func (e *examination) agentSocket(ctx context.Context) checkup {
 		return bad("look at the agent's log and at the server line below; until then dumps and restores are refused, and what is new gets a provisional serial or waits for one",
 			"%s: does not reach the pool: %s; %s with a provisional serial, and %s left to give", name, trouble,
 			count(int(st.GetProvisional()), "namespace", "namespaces"), count(int(st.GetGranted()), "is", "are"))
+	case st.GetReplaced() > 0:
+		return doubtful("look at the agent's log, which names them; see that no other machine uses this host's state directory, then restart the agent",
+			"%s: connected, but %s got other serials than the provisional ones that they had", name, count(int(st.GetReplaced()), "namespace", "namespaces"))
 	case swept.IsZero():
 		return doubtful("wait for the first sweep", "%s: connected, has not swept /proc yet", name)
 	case e.now().Sub(swept) > 5*time.Minute:

@@ -32,6 +32,8 @@ type fake struct {
 	away   bool // the agent does not reach its pool
 	fenced bool // another agent has said Hello in its name
 
+	replaced uint64 // namespaces whose provisional serials were void
+
 	history    []*nsallocv1.Stint // of every sandbox; nil: the server does not have the call
 	unreadable uint64             // of each kind
 
@@ -229,7 +231,7 @@ func (f *fake) Status(context.Context, *nsallocv1.StatusRequest) (*nsallocv1.Sta
 	st := &nsallocv1.StatusResponse{
 		Host: "b", Incarnation: 1<<48 | 3, BootId: bootB, Pool: f.pool, Connected: !f.away, Granted: 900,
 		Sandboxes: 2, Namespaces: 8, Swept: timestamppb.New(time.Now().Add(-3 * time.Second)), Version: "v0.1.0",
-		KernelIds: true, HookSocket: "/run/nsalloc/hook.sock",
+		KernelIds: true, HookSocket: "/run/nsalloc/hook.sock", Replaced: f.replaced,
 	}
 	if f.away {
 		st.Trouble = "connection refused"

@@ -291,10 +291,7 @@ func (a *Agent) stayJoined(ctx context.Context) error {
 		}
 		err := a.lookAtPool(ctx)
 		if err != nil && ctx.Err() == nil {
-			text := err.Error()
-			if old := a.trouble.Swap(&text); old == nil || *old != text {
-				a.log.Warn("the pool is not reached; what needs it waits, and new namespaces get provisional serials", "cause", err)
-			}
+			a.noteTrouble(err)
 			if a.registrar.usable.Load() {
 				a.aloneOnce.Do(func() { close(a.alone) })
 			}
@@ -311,11 +308,30 @@ func (a *Agent) stayJoined(ctx context.Context) error {
 	}
 }
 
+// noteTrouble has what needs the pool wait until it was looked at with success.
+func (a *Agent) noteTrouble(err error) {
+	text := err.Error()
+	if old := a.trouble.Swap(&text); old == nil || *old != text {
+		a.log.Warn("the pool is not reached; what needs it waits, and new namespaces get provisional serials", "cause", err)
+	}
+}
+
+// askStore makes sure that the store answers: a server has the pool's record without it.
+func (a *Agent) askStore(ctx context.Context) error {
+	if _, _, err := a.pool.Sandbox(ctx, 1<<48|1); unreached(err) { // no matter whether there is one
+		return err
+	}
+	return nil
+}
+
 // lookAtPool keeps the registrar's turn free while nobody answers.
 func (a *Agent) lookAtPool(parent context.Context) error {
 	ctx, cancel := context.WithTimeout(parent, callTimeout)
 	defer cancel()
 	pool, err := a.pool.GetPool(ctx)
+	if err == nil && a.trouble.Load() != nil {
+		err = a.askStore(ctx)
+	}
 	if err != nil {
 		return err
 	}

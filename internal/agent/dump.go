@@ -68,8 +68,10 @@ func (a *Agent) numberRunning(ctx context.Context, n *run, root kernelns.Process
 func (a *Agent) askPool(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, poolAnswers)
 	defer cancel()
-	_, err := a.pool.GetPool(ctx)
-	return err
+	if _, err := a.pool.GetPool(ctx); err != nil {
+		return err
+	}
+	return a.askStore(ctx)
 }
 
 // poolAnswers is how long the pool may take to show that it is there.

@@ -99,7 +99,7 @@ func (l *local) Status(context.Context, *nsallocv1.StatusRequest) (*nsallocv1.St
 	resp := &nsallocv1.StatusResponse{
 		Host: a.cfg.Host, BootId: a.bootID(), Connected: a.isJoined(), Version: a.cfg.Version,
 		KernelIds: a.kernel.Features().KernelIDs, HookSocket: a.cfg.HookSocket,
-		Incarnation: a.registrar.life.Load(), Granted: a.registrar.left.Load(), Provisional: a.registrar.uncommitted.Load(),
+		Incarnation: a.registrar.life.Load(), Granted: a.registrar.left.Load(), Provisional: a.registrar.uncommitted.Load(), Replaced: a.registrar.voided.Load(),
 	}
 	if t := a.trouble.Load(); t != nil {
 		resp.Connected, resp.Trouble = false, *t
@@ -236,6 +236,9 @@ func (a *Agent) numberSoon(call context.Context, p kernelns.Process, noWait bool
 		err = a.withNumberable(ctx, a.numberProcess(ctx, p, a.registerEach))
 		if err == nil || !unreached(err) {
 			return err
+		}
+		if ctx.Err() != nil && call.Err() == nil {
+			a.noteTrouble(err)
 		}
 		if numbered, _ = a.numbered(p); numbered {
 			return nil

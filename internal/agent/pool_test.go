@@ -17,12 +17,13 @@ type testPool struct {
 	svc   *alloc.Service
 	store *memstore.Store
 
-	mu    sync.Mutex
-	away  bool                // guarded by mu: no server answers
-	fault map[string]*fault   // guarded by mu: by method
-	calls map[string]int      // guarded by mu
-	ids   map[string][]string // guarded by mu: request ids by method
-	first map[string]func()   // guarded by mu: done once, before the method's next call
+	mu        sync.Mutex
+	away      bool                // guarded by mu: no server answers
+	fault     map[string]*fault   // guarded by mu: by method
+	calls     map[string]int      // guarded by mu
+	ids       map[string][]string // guarded by mu: request ids by method
+	first     map[string]func()   // guarded by mu: done once, before the method's next call
+	storeAway bool                // guarded by mu: servers answer from their view, and nothing else
 	// refuse decides against a registration; guarded by mu.
 	refuse func(alloc.RegisterCommand) error
 }
@@ -83,7 +84,7 @@ func (p *testPool) call(ctx context.Context, method string, do func(id string) e
 	if f != nil && f.nth != p.calls[method] {
 		f = nil
 	}
-	away, first := p.away, p.first[method]
+	away, storeAway, first := p.away, p.storeAway, p.first[method]
 	delete(p.first, method)
 	p.mu.Unlock()
 	if first != nil {
@@ -91,6 +92,9 @@ func (p *testPool) call(ctx context.Context, method string, do func(id string) e
 	}
 	if away {
 		return &alloc.Error{Reason: alloc.ReasonUnavailable, Msg: "the server is away"}
+	}
+	if storeAway {
+		return client.Retry(ctx, func(string) error { return errStoreAway })
 	}
 	once := func(id string) error {
 		p.mu.Lock()
@@ -202,6 +206,8 @@ func (p *testPool) Bind(ctx context.Context, cmd alloc.BindCommand) (h alloc.Han
 	return h, left, err
 }
 
+var errStoreAway = &alloc.Error{Reason: alloc.ReasonUnavailable, Msg: "the store is away"}
+
 // read does what changes nothing.
 func (p *testPool) read() error {
 	p.mu.Lock()
@@ -210,6 +216,17 @@ func (p *testPool) read() error {
 		return &alloc.Error{Reason: alloc.ReasonUnavailable, Msg: "the server is away"}
 	}
 	return nil
+}
+
+// readStore is read of what a server asks the store for.
+func (p *testPool) readStore() error {
+	p.mu.Lock()
+	away := p.storeAway
+	p.mu.Unlock()
+	if away {
+		return errStoreAway
+	}
+	return p.read()
 }
 
 func (p *testPool) GetPool(ctx context.Context) (*alloc.Pool, error) {
@@ -221,7 +238,7 @@ func (p *testPool) GetPool(ctx context.Context) (*alloc.Pool, error) {
 }
 
 func (p *testPool) Owned(ctx context.Context, host string) ([]*alloc.Sandbox, error) {
-	if err := p.read(); err != nil {
+	if err := p.readStore(); err != nil {
 		return nil, err
 	}
 	all, err := p.sandboxes(ctx)
@@ -256,7 +273,7 @@ func (p *testPool) sandboxes(ctx context.Context) ([]*alloc.Sandbox, error) {
 }
 
 func (p *testPool) Sandbox(ctx context.Context, serial alloc.Serial) (*alloc.Sandbox, *alloc.Checkpoint, error) {
-	if err := p.read(); err != nil {
+	if err := p.readStore(); err != nil {
 		return nil, nil, err
 	}
 	entries, _, err := p.store.Get(ctx, alloc.SandboxKey(serial))

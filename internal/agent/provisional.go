@@ -319,6 +319,7 @@ func (r *registrar) void(entries []entry, cause error) {
 	r.disk.changed = true
 	r.count()
 	r.a.tally.void.Add(int64(namespaces))
+	r.voided.Add(uint64(namespaces))
 	r.a.log.Error("provisional serials are void; the namespaces that live under them get others", "namespaces", namespaces,
 		"first", serials[0], "last", serials[len(serials)-1], "cause", cause)
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -127,6 +128,38 @@ func TestPoolAway(t *testing.T) {
 	}
 	h.consistent()
 	h.logged("numbered provisionally")
+}
+
+// TestStoreAway: servers answer from what they know, and the store behind them does not. Once that is known, nothing
+// new waits for it, and a dump is refused before anything is frozen.
+func TestStoreAway(t *testing.T) {
+	h := newHost(t)
+	tree := container(t, containerFlags)
+	h.provisional(tree.pid, false)
+	setStore := func(away bool) {
+		h.pool.mu.Lock()
+		defer h.pool.mu.Unlock()
+		h.pool.storeAway = away
+	}
+	setStore(true)
+	first := container(t, containerFlags)
+	given := h.provisional(first.pid, true)
+	began := time.Now()
+	second := container(t, containerFlags)
+	later := h.provisional(second.pid, true)
+	if took := time.Since(began); took > committedWithin {
+		t.Errorf("the second waited %v", took)
+	}
+	images := writeImages(t, "run", containerTypes...)
+	c := h.criu()
+	c.vetoed(criuhook.PreDump, tree.pid, images, "the store is away")
+	c.end()
+	setStore(false)
+	h.comeBack()
+	same(t, given, h.provisional(first.pid, false))
+	same(t, later, h.provisional(second.pid, false))
+	h.settled()
+	h.consistent()
 }
 
 // TestStepByStepAway: a sandbox that is provisional grows, and is one when it is committed.
@@ -322,6 +355,9 @@ func TestRangesLostAway(t *testing.T) {
 				}
 			}
 			same(t, committed, h.provisional(known.pid, false))
+			if s, err := (&local{a: h.Agent}).Status(t.Context(), nil); err != nil || s.GetReplaced() != 5 || s.GetProvisional() != 0 {
+				t.Errorf("%v, %v", s, err)
+			}
 			h.logged("provisional serials are void")
 			h.logged("a provisional serial was replaced")
 			h.consistent()

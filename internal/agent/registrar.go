@@ -41,6 +41,7 @@ type registrar struct {
 	left        atomic.Uint64             // ranges.Count() without what is spent provisionally, for readers
 	life        atomic.Uint64             // id.Incarnation, for readers
 	uncommitted atomic.Uint64             // provisional serials of namespaces, for readers
+	voided      atomic.Uint64             // namespaces whose provisional serials were void, for readers
 }
 
 func newRegistrar(a *Agent) *registrar {

@@ -85,6 +85,9 @@ func (a *Agent) numberAll(ctx context.Context) ([]kernelns.Process, error) {
 		if err == nil || !unreached(err) || ctx.Err() != nil {
 			return procs, err
 		}
+		if try.Err() != nil {
+			a.noteTrouble(err) // nobody waits for that once more
+		}
 	}
 	return procs, a.withNumberableAway(ctx, func(seen []kernelns.Process) error {
 		return a.numberGroups(ctx, a.groups(seen), math.MaxInt, a.registrar.provide)

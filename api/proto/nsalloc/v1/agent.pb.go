@@ -89,7 +89,10 @@ type StatusResponse struct {
 	// The hook socket's path, as the agent listens on it.
 	HookSocket string `protobuf:"bytes,13,opt,name=hook_socket,json=hookSocket,proto3" json:"hook_socket,omitempty"`
 	// Namespaces, of those that live and those that were gone since, whose serials are provisional.
-	Provisional   uint64 `protobuf:"varint,14,opt,name=provisional,proto3" json:"provisional,omitempty"`
+	Provisional uint64 `protobuf:"varint,14,opt,name=provisional,proto3" json:"provisional,omitempty"`
+	// Namespaces whose provisional serials were void since the agent started; those that live got others. Above 0 the
+	// host's state was copied, put back or lost, or the pool took a new generation.
+	Replaced      uint64 `protobuf:"varint,15,opt,name=replaced,proto3" json:"replaced,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -218,6 +221,13 @@ func (x *StatusResponse) GetHookSocket() string {
 func (x *StatusResponse) GetProvisional() uint64 {
 	if x != nil {
 		return x.Provisional
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetReplaced() uint64 {
+	if x != nil {
+		return x.Replaced
 	}
 	return 0
 }
@@ -731,7 +741,7 @@ const file_nsalloc_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x16nsalloc/v1/agent.proto\x12\n" +
 	"nsalloc.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16nsalloc/v1/types.proto\"\x0f\n" +
-	"\rStatusRequest\"\xc3\x03\n" +
+	"\rStatusRequest\"\xdf\x03\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12\x17\n" +
@@ -751,7 +761,8 @@ const file_nsalloc_v1_agent_proto_rawDesc = "" +
 	"kernel_ids\x18\f \x01(\bR\tkernelIds\x12\x1f\n" +
 	"\vhook_socket\x18\r \x01(\tR\n" +
 	"hookSocket\x12 \n" +
-	"\vprovisional\x18\x0e \x01(\x04R\vprovisional\"1\n" +
+	"\vprovisional\x18\x0e \x01(\x04R\vprovisional\x12\x1a\n" +
+	"\breplaced\x18\x0f \x01(\x04R\breplaced\"1\n" +
 	"\x15ListNamespacesRequest\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\x06R\asandbox\"S\n" +
 	"\x16ListNamespacesResponse\x129\n" +
