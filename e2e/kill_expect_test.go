@@ -55,6 +55,7 @@ var expected = []struct{ cells, verdict string }{
 	// What serials were given is written at the end of every turn that changed it: of a dump's first when the
 	// checkpoint is committed, where the one before had nothing to say; of a restore's when it is claimed.
 	{`^agent/serials/.* source$`, onA + either + onAVoid},
+	{`^agent/serials/.* born-away$`, onA},
 	{`^agent/serials/.* target$`, transit},
 
 	// A dump. Nothing is promised before the checkpoint is committed, a veto after; 0 counts as given from the

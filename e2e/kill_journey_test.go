@@ -122,6 +122,18 @@ var journeys = map[string]journey{
 		},
 		op: func(c *cellRun) error { return c.dump("a") },
 	},
+	// A container is born while the pool is away: its serials are provisional.
+	"born-away": {
+		fault: func(c *cellRun) func() {
+			c.must(c.p.KillServer())
+			return func() { c.must(c.p.StartServer(c.p.ctx())) }
+		},
+		op: func(c *cellRun) error {
+			c.arm("a", string(c.point))
+			return c.start()
+		},
+		arms: true,
+	},
 	// A network namespace that was handed in parts from the container that is dumped.
 	"part": {
 		prepare: (*cellRun).prepareParted,
@@ -177,10 +189,11 @@ var byRPC = map[string][]place{
 	"Claim": onRestore, "Bind": onRestore, "Release": {{"target", "parked"}},
 }
 
-// otherWays is where an agent comes to a request by code of its own; names of cells tell which.
+// otherWays is where an agent comes to a request, or to a write, by code of its own; names of cells tell which.
 var otherWays = map[string][]place{
 	"Register": {{"source", "part"}}, "Bind": {{"target", "late"}},
 	"Release": {{"target", "orphan"}, {"target", "bound-orphan"}},
+	"serials": {{"source", "born-away"}},
 }
 
 // way is the journey of a place in otherWays, "" for all others.
@@ -234,7 +247,7 @@ func places(p killpoint.Point) []place {
 	case byAction[what] != nil:
 		return byAction[what]
 	}
-	return byWrite[what]
+	return slices.Concat(byWrite[what], otherWays[what])
 }
 
 // start runs the container on a.

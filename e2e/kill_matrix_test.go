@@ -26,7 +26,7 @@ const killCells = "NSALLOC_KILL_CELLS"
 
 // allCells is how many cells the matrix has. The test counts them; a point, or a place where one is passed,
 // that goes away is noticed here.
-const allCells = 354
+const allCells = 358
 
 // everyRun is the fixed selection: some of each process, with the store's answers and without.
 const everyRun = `^(` +
@@ -35,7 +35,7 @@ const everyRun = `^(` +
 	`agent/Confirm/sending source|agent/Confirm/received source lost|agent/untaken/recorded source|` +
 	`agent/claim/recorded target lost|agent/Claim/received target|agent/Bind/received target|agent/post-restore/answering target|` +
 	`agent/parked/ended target lost|agent/identity/recorded target|agent/new-life/recorded source lost|` +
-	`agent/Register/received source part lost|server/Bind/committed server late|agent/Release/received target orphan|` +
+	`agent/serials/recorded source born-away|agent/Register/received source part lost|server/Bind/committed server late|agent/Release/received target orphan|` +
 	`hook/post-dump/answered source|hook/post-restore/(asked|answered) target lost` +
 	`)$`
 

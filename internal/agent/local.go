@@ -231,13 +231,13 @@ func (a *Agent) numberSoon(call context.Context, p kernelns.Process, noWait bool
 	}
 	var err error
 	if !noWait && !a.away() {
-		ctx, cancel := context.WithTimeout(call, committedWithin)
+		ctx, cancel := a.whileReached(call, committedWithin)
 		defer cancel()
 		err = a.withNumberable(ctx, a.numberProcess(ctx, p, a.registerEach))
-		if err == nil || !unreached(err) {
+		if err == nil || ctx.Err() == nil && !unreached(err) {
 			return err
 		}
-		if ctx.Err() != nil && call.Err() == nil {
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) && call.Err() == nil {
 			a.noteTrouble(err)
 		}
 		if numbered, _ = a.numbered(p); numbered {

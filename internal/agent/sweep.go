@@ -73,7 +73,7 @@ func (a *Agent) numberAll(ctx context.Context) ([]kernelns.Process, error) {
 		return procs, err
 	}
 	if !a.away() {
-		try, cancel := context.WithTimeout(ctx, callTimeout)
+		try, cancel := a.whileReached(ctx, callTimeout)
 		defer cancel()
 		err := a.withNumberable(try, func(seen []kernelns.Process) error {
 			err := a.numberGroups(try, a.groups(seen), alloc.MaxRegister, a.registerEach)
@@ -82,10 +82,10 @@ func (a *Agent) numberAll(ctx context.Context) ([]kernelns.Process, error) {
 			}
 			return err
 		})
-		if err == nil || !unreached(err) || ctx.Err() != nil {
+		if err == nil || ctx.Err() != nil || try.Err() == nil && !unreached(err) {
 			return procs, err
 		}
-		if try.Err() != nil {
+		if errors.Is(try.Err(), context.DeadlineExceeded) {
 			a.noteTrouble(err) // nobody waits for that once more
 		}
 	}
