@@ -32,7 +32,7 @@ func early(ctx context.Context) (context.Context, context.CancelFunc) {
 	if !ok {
 		return context.WithCancel(ctx)
 	}
-	return context.WithDeadline(ctx, deadline.Add(-min(time.Until(deadline)/10, 200*time.Millisecond)))
+	return context.WithDeadline(ctx, deadline.Add(-min(time.Until(deadline)/5, time.Second)))
 }
 
 func (s allocator) GetPool(ctx context.Context, _ *nsallocv1.GetPoolRequest) (*nsallocv1.GetPoolResponse, error) {

@@ -107,7 +107,7 @@ func TestTurnDoesNotCome(t *testing.T) {
 		}()
 		<-st.entered
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	_, err := c.Allocate(ctx, alloc.AllocateCommand{RequestID: client.NewRequestID(), Count: 1})
 	var e *alloc.Error
