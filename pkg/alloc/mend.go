@@ -143,7 +143,8 @@ func (s *Service) Mend(ctx context.Context, cmd MendCommand) (Mended, error) {
 		if err != nil {
 			return false, err
 		}
-		moves, err := all.mend(cmd, begun)
+		all.begun = begun
+		moves, err := all.mend(cmd)
 		switch {
 		case err != nil && begun:
 			return false, refuseRest(err)
@@ -196,7 +197,7 @@ func refuseRest(refusal error) error {
 		return refusal
 	}
 	rest := *e
-	rest.Msg = "a part of this mend was done before, and the rest is refused: " + strings.ReplaceAll(e.Msg, "nothing was changed", "nothing more was changed")
+	rest.Msg = "a part of this mend was done before, and the rest is refused: " + e.Msg
 	return &rest
 }
 

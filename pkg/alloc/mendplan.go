@@ -10,16 +10,16 @@ import (
 
 // What each kind of mend does, decided from all records at one revision.
 
-// mend is the moves that cmd asks for. begun says that the same request has moved something before: then
-// there may be nothing left to do.
-func (r all) mend(cmd MendCommand, begun bool) ([]move, error) {
+// mend is the moves that cmd asks for. When the same request has moved something before, there
+// may be nothing left to do.
+func (r all) mend(cmd MendCommand) ([]move, error) {
 	if r.Pool == nil {
 		return nil, r.why(Key{Kind: KindPool}).Err
 	}
 	switch {
 	case r.Pool.Format > FormatVersion, r.Pool.State != PoolOpen && cmd.Kind != KindCounter:
 		return nil, r.Pool.check()
-	case begun && cmd.Kind != KindSandbox && cmd.Kind != KindCheckpoint:
+	case r.begun && cmd.Kind != KindSandbox && cmd.Kind != KindCheckpoint:
 		return nil, nil // one transaction, and it has been committed
 	}
 	key := cmd.key()
@@ -34,23 +34,31 @@ func (r all) mend(cmd MendCommand, begun bool) ([]move, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case len(moves) == 0 && begun:
+	case len(moves) == 0 && r.begun:
 		return nil, nil
 	case len(moves) == 0:
 		return nil, refuse(ReasonRecordNotFound, nameOf(key), "the pool has no such record")
 	}
-	if !begun && !cmd.Force && r.Pool.State == PoolOpen && !slices.ContainsFunc(Check(r.Records), func(f Finding) bool { return slices.Contains(f.keys, key) }) {
-		return nil, &Error{Reason: ReasonNothingToMend, Subject: nameOf(key), Msg: "nsalloc check finds nothing that mending it would help; nothing was changed",
+	if !r.begun && !cmd.Force && r.Pool.State == PoolOpen && !slices.ContainsFunc(Check(r.Records), func(f Finding) bool { return slices.Contains(f.keys, key) }) {
+		return nil, &Error{Reason: ReasonNothingToMend, Subject: nameOf(key), Msg: "nsalloc check finds nothing that mending it would help" + r.unchanged(),
 			Fix: "see what nsalloc check says; --force mends it all the same"}
 	}
 	if err := r.keepIssued(key, serials); err != nil {
 		return nil, err
 	}
 	if e.Err != nil && !cmd.Force && (key.Kind == KindSandbox || key.Kind == KindHost) && r.counterWrong() {
-		return nil, &Error{Reason: ReasonMendFirst, Subject: nameOf(key), Msg: "the counter is wrong, and which serials the record had cannot be read: the pool may issue them again; nothing was changed",
+		return nil, &Error{Reason: ReasonMendFirst, Subject: nameOf(key), Msg: "the counter is wrong, and which serials the record had cannot be read: the pool may issue them again" + r.unchanged(),
 			Fix: "first: nsalloc " + CommandLine(mendArgs(Key{Kind: KindCounter}))}
 	}
 	return moves, nil
+}
+
+// unchanged is how a refusal to mend says what was done.
+func (r all) unchanged() string {
+	if r.begun {
+		return "; nothing more was changed"
+	}
+	return "; nothing was changed"
 }
 
 // writable reports whether this version may write to the pool now.
@@ -75,7 +83,7 @@ func (r all) why(k Key) Entry {
 // any more.
 func (r all) keepIssued(key Key, serials Ranges) error {
 	first := func(k Key, msg string) error {
-		return &Error{Reason: ReasonMendFirst, Subject: nameOf(key), Msg: msg + ", and nothing would show that any more; nothing was changed",
+		return &Error{Reason: ReasonMendFirst, Subject: nameOf(key), Msg: msg + ", and nothing would show that any more" + r.unchanged(),
 			Fix: "first: nsalloc " + CommandLine(mendArgs(k))}
 	}
 	if len(serials) > 0 && r.Counter == nil {
@@ -214,7 +222,7 @@ func (r all) checkpoint(id string) (moves []move, serials Ranges, err error) {
 		switch {
 		case s.Checkpoint == 0 || CheckpointKey(s.Checkpoint) != key:
 		case s.handedOff():
-			return nil, nil, &Error{Reason: ReasonMendFirst, Subject: nameOf(key), Msg: fmt.Sprintf("%s is %s through it and would be stuck without; nothing was changed", subject(s), s.State),
+			return nil, nil, &Error{Reason: ReasonMendFirst, Subject: nameOf(key), Msg: fmt.Sprintf("%s is %s through it and would be stuck without", subject(s), s.State) + r.unchanged(),
 				Fix: "mend the sandbox, which takes its checkpoints along: nsalloc " + CommandLine(mendArgs(s.Key()))}
 		default:
 			moves = append(moves, move{key: s.Key(), with: func(now Entry, _ Revision) Record {

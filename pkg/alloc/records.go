@@ -59,6 +59,7 @@ type all struct {
 	revision Revision
 	now      time.Time
 	aside    int
+	begun    bool // the mend that this is read for has moved something before
 }
 
 func (s *Service) readAll(ctx context.Context) (all, error) {

@@ -96,8 +96,8 @@ type ClaimCommand struct {
 	BootID     string `json:"boot_id"`
 	Run        string `json:"run"`
 	// Exe names the file that the CRIU process executes, so that the host knows a task that CRIU was making
-	// even if its agent remembers nothing: 0 to 64 bytes that only the host's agent reads (DEVICE:INODE of
-	// that boot, in decimal). It is kept with the claim and decides nothing. Not in the request's digest: a
+	// even if its agent remembers nothing: 0 to 64 bytes that only the host's agent reads and
+	// that hold for that boot. It is kept with the claim and decides nothing. Not in the request's digest: a
 	// server that does not know it takes a retry for the same request.
 	Exe string `json:"-"`
 }

@@ -64,9 +64,9 @@ type RecordsClient interface {
 	// byte, in the same transaction. Nothing reads it there, and nothing deletes it.
 	//
 	// When it returns, the change is committed. The same request again changes nothing and answers the same.
-	// A sandbox with hundreds of old stints takes several transactions; when the server dies in between,
-	// Check still finds it, and the same request, or a new one, does the rest. A refusal is the request's last
-	// word: another call with its id that is still on its way changes nothing either, and to ask again for what
+	// A sandbox with hundreds of old stints takes several transactions, and so does a checkpoint together with a
+	// large sandbox that forgets it; when the server dies in between, Check still finds it, and the same
+	// request, or a new one, does the rest. A refusal is the request's last word: another call with its id that is still on its way changes nothing either, and to ask again for what
 	// could be mended since takes a new id (REQUEST_EXPIRED).
 	//
 	// Errors: NOT_FOUND (RECORD_NOT_FOUND) when there is no such record; FAILED_PRECONDITION: NOTHING_TO_MEND
@@ -146,9 +146,9 @@ type RecordsServer interface {
 	// byte, in the same transaction. Nothing reads it there, and nothing deletes it.
 	//
 	// When it returns, the change is committed. The same request again changes nothing and answers the same.
-	// A sandbox with hundreds of old stints takes several transactions; when the server dies in between,
-	// Check still finds it, and the same request, or a new one, does the rest. A refusal is the request's last
-	// word: another call with its id that is still on its way changes nothing either, and to ask again for what
+	// A sandbox with hundreds of old stints takes several transactions, and so does a checkpoint together with a
+	// large sandbox that forgets it; when the server dies in between, Check still finds it, and the same
+	// request, or a new one, does the rest. A refusal is the request's last word: another call with its id that is still on its way changes nothing either, and to ask again for what
 	// could be mended since takes a new id (REQUEST_EXPIRED).
 	//
 	// Errors: NOT_FOUND (RECORD_NOT_FOUND) when there is no such record; FAILED_PRECONDITION: NOTHING_TO_MEND
