@@ -155,7 +155,7 @@ type Agent struct {
 	kick     chan struct{} // asks for a sweep now; holds one
 	settling settling
 	tally    tally
-	parked   map[task]bool // what the last look for forgotten trees saw; orphanLoop's
+	left     map[alloc.Serial]*leftTasks // of claims that nobody remembers, what the last looks saw; orphanLoop's
 	// stood are the restored sandboxes whose tree was seen parked once, ran those whose tree was seen to run,
 	// each in which epoch; orphanLoop's.
 	stood, ran map[alloc.Serial]alloc.Epoch
@@ -199,7 +199,7 @@ func New(cfg Config, pool Pool) (*Agent, error) {
 	a := &Agent{
 		cfg: cfg, log: cfg.Log, kernel: kernel, pool: pool, state: state, exits: exits, host: host,
 		book: newBook(), kick: make(chan struct{}, 1), settling: newSettling(), joined: make(chan struct{}), alone: make(chan struct{}),
-		stood: map[alloc.Serial]alloc.Epoch{}, ran: map[alloc.Serial]alloc.Epoch{},
+		left: map[alloc.Serial]*leftTasks{}, stood: map[alloc.Serial]alloc.Epoch{}, ran: map[alloc.Serial]alloc.Epoch{},
 	}
 	a.registrar = newRegistrar(a)
 	a.runs = newRuns(a)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -18,31 +19,44 @@ import (
 // is known. The pool's claim is all there is to know it by: when its CRIU began, and what file that executed.
 
 // restoreOf is what the pool knows of the restore that made, or is making, a sandbox's tree on this boot.
-func (a *Agent) restoreOf(s *alloc.Sandbox) (criu task, exe string, ok bool) {
+func (a *Agent) restoreOf(s *alloc.Sandbox) (criu task, ok bool) {
 	boot, run := "", ""
 	if c := s.Claim; c != nil {
-		boot, run, exe = c.BootID, c.Run, c.Exe
-	} else if f := strings.Split(s.Labels[labelRestoredBy], " "); len(f) == 3 {
-		boot, run, exe = f[0], f[1], f[2]
+		boot, run = c.BootID, c.Run
+	} else if f := strings.Fields(s.Labels[labelRestoredBy]); len(f) >= 2 {
+		boot, run = f[0], f[1] // agents before this one wrote CRIU's executable too
 	}
 	pid, start, ok := parseRunKey(run)
-	return task{pid, start}, exe, ok && boot == a.bootID()
+	return task{pid, start}, ok && boot == a.bootID()
 }
 
 // labelRestoredBy says of a sandbox that a restore registered, as a clone or as an adopted one, which restore
-// that was: it has no claim to say so. Its value is the boot id, the run's key and CRIU's executable.
+// that was: it has no claim to say so. Its value is the boot id and the run's key.
 const labelRestoredBy = "restored_by"
 
 func restoredBy(rec runRecord) string {
-	return strings.Join([]string{rec.BootID, runKey(rec.CRIUPID, rec.CRIUStart), rec.CRIUExe}, " ")
+	return rec.BootID + " " + runKey(rec.CRIUPID, rec.CRIUStart)
 }
 
-// halfBuiltBy is halfBuilt for a task of which nobody remembers which CRIU made it; exe is what that one
-// executed. CRIU executes the same file, and may be at work for somebody else, in namespaces of its own. But
-// it was executed, and what it is making was only forked and waits in futex(2) for the next of its steps.
-func halfBuiltBy(t task, exe string) fate {
-	if exe == "" || fileID(fmt.Sprintf("/proc/%d/exe", t.PID)) != exe {
-		return halfBuilt(t, "")
+// halfBuiltBy is halfBuilt for a task that is not committed and of which nobody remembers which CRIU made it; exe
+// is what that one executed, "" where nobody said. CRIU executes the same file, and may be at work for somebody
+// else, in namespaces of its own. What it is making was only forked and waits in futex(2) for the next of its
+// steps. So, for a moment, may a CRIU that was not executed itself: one that a service forked for a
+// request, or that made itself a daemon. Which of both it is lookAround tells.
+func halfBuiltBy(p kernelns.Process, exe string) fate {
+	t := task{p.PID, p.StartTime}
+	if !executes(t, exe) {
+		fate := halfBuilt(t, "")
+		forked, err := onlyForked(t)
+		switch {
+		case err != nil:
+			return unclear
+		case fate == unclear && !forked:
+			return goesOn // it has blocked all signals itself, as some that start others do
+		case fate == goesOn && forked && exe == "" && calledCRIU(p):
+			return unclear
+		}
+		return fate
 	}
 	switch forked, err := onlyForked(t); {
 	case err != nil:
@@ -51,7 +65,7 @@ func halfBuiltBy(t task, exe string) fate {
 		return goesOn
 	}
 	calls, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/syscall", t.PID))
-	if err != nil || len(calls) == 0 {
+	if err != nil || len(calls) == 0 || !calledCRIU(p) {
 		return unclear
 	}
 	for _, path := range calls {
@@ -62,6 +76,10 @@ func halfBuiltBy(t task, exe string) fate {
 	}
 	return parked
 }
+
+// calledCRIU reports whether a process has the name that CRIU's have, and that it leaves to what it makes until
+// that is in the restorer.
+func calledCRIU(p kernelns.Process) bool { return strings.HasPrefix(p.Comm, "criu") }
 
 // onlyForked reports whether a process has executed nothing since its parent forked it: PF_FORKNOEXEC
 // (include/linux/sched.h).
@@ -75,45 +93,119 @@ func onlyForked(t task) (bool, error) {
 	return flags&pfForkNoExec != 0, err
 }
 
-// alienTrees lists what others that execute exe may be making now. It is not known whose it is: a restore
-// without the hook, or one of which the record is lost as well.
-func (a *Agent) alienTrees(procs []kernelns.Process, exe string) []tree {
-	var trees []tree
-	for _, p := range procs {
-		if exe == "" || p.Ended || fileID(fmt.Sprintf("/proc/%d/exe", p.PID)) != exe {
-			continue
-		}
-		criu := task{p.PID, p.StartTime}
-		if forked, err := onlyForked(criu); forked || err != nil {
-			continue
-		}
-		trees = append(trees, tree{pid: criu.PID, since: criu.Start})
-		trees = append(trees, a.siblings(criu)...)
+// tracer is the process that traces a task; 0 for none.
+func tracer(t task) (pid int, err error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", t.PID))
+	if err != nil {
+		return 0, err
 	}
-	return trees
+	for line := range bytes.Lines(status) {
+		if value, ok := bytes.CutPrefix(line, []byte("TracerPid:")); ok {
+			return strconv.Atoi(string(bytes.TrimSpace(value)))
+		}
+	}
+	return 0, nil
+}
+
+// surroundings are the processes among which a task stands that looks half built by a CRIU which executed exe.
+type surroundings struct {
+	a      *Agent
+	procs  []kernelns.Process
+	exe    string
+	makers map[int]int // by pid, the CRIU that lives and may be making that process, or is it
+}
+
+// lookAround finds each CRIU that lives and of which it is not known what it makes: others', without the hook or
+// of another version, and one of ours whose record is lost. known are the trees of which it is known; beside a
+// CRIU there may be what it makes.
+func (a *Agent) lookAround(procs []kernelns.Process, known, beside []tree, exe string) surroundings {
+	s := surroundings{a, procs, exe, map[int]int{}}
+	for _, p := range leaveOut(procs, known) {
+		criu := task{p.PID, p.StartTime}
+		if !p.Ended && !p.KernelThread && (calledCRIU(p) || executes(criu, exe)) && !s.isMade(p) {
+			beside = append(beside, below(criu), tree{pid: criu.PID, since: criu.Start, beside: true})
+		}
+	}
+	for _, t := range beside {
+		for _, p := range t.of(procs) {
+			if _, ok := s.makers[p.PID]; !ok {
+				s.makers[p.PID] = t.pid
+			}
+		}
+	}
+	return s
+}
+
+// isMade tells what CRIU has forked to become a task of a tree from what it has forked to be CRIU: that lives in
+// somebody's namespaces, or is making a tree that has others.
+func (s surroundings) isMade(p kernelns.Process) bool {
+	if !s.a.ownsNamespace(p) || halfBuiltBy(p, s.exe) != parked || s.company(p) != "" {
+		return false
+	}
+	return !slices.ContainsFunc(s.procs, func(child kernelns.Process) bool {
+		return child.PPID == p.PID && calledCRIU(child) && !child.Ended && slices.ContainsFunc(alloc.NamespaceTypes(), func(t alloc.NamespaceType) bool {
+			return child.Namespaces[t].Key(t) != p.Namespaces[t].Key(t)
+		})
+	})
+}
+
+// company says who has a namespace of p that is not the host's: a sandbox that runs, or a process that does; ""
+// for nobody but what looks half built too.
+func (s surroundings) company(p kernelns.Process) string {
+	for _, t := range alloc.NamespaceTypes() { // in an order, so that the same is said each time
+		k, ok := p.Namespaces[t]
+		if !ok || s.a.isHosts(t, k) {
+			continue
+		}
+		if bound, ok := s.a.book.find(t, k); ok {
+			return fmt.Sprintf("its %s namespace is of sandbox %s", t, bound.sandbox)
+		}
+		for _, q := range s.procs {
+			if q.PID == p.PID || q.Ended || q.Namespaces[t].Key(t) != k.Key(t) {
+				continue
+			}
+			if fate := halfBuiltBy(q, s.exe); fate == goesOn || fate == unclear && !executes(task{q.PID, q.StartTime}, s.exe) {
+				return fmt.Sprintf("process %d (%s) runs in its %s namespace", q.PID, q.Comm, t)
+			}
+		}
+	}
+	return ""
+}
+
+// doubt says why a task that looks half built may be one that somebody needs; "" where nobody can.
+func (s surroundings) doubt(p kernelns.Process) string {
+	by, err := tracer(task{p.PID, p.StartTime})
+	switch maker, ok := s.makers[p.PID]; {
+	case err != nil:
+		return "it cannot be read: " + err.Error()
+	case by != 0:
+		return fmt.Sprintf("process %d traces it", by)
+	case ok && maker == p.PID:
+		return "it may be a CRIU at work"
+	case ok:
+		return fmt.Sprintf("process %d may be a CRIU that is making it", maker)
+	}
+	return s.company(p)
 }
 
 // leftBehind lists the trees, below a task each, that a restore whose claim stands has left half built, or may
-// have: they are nobody's, until endHalfBuilt has ended them. What it is not sure of is a tree that CRIU's own
-// program still makes: a restored one executes another.
+// have: they are nobody's, until endHalfBuilt has ended them.
 func (a *Agent) leftBehind(procs []kernelns.Process) []tree {
 	var trees []tree
 	for _, s := range a.book.all() {
 		if s.State != alloc.StateClaimed || a.runs.holds(s.Serial) {
 			continue
 		}
-		criu, exe, ok := a.restoreOf(s)
+		criu, ok := a.restoreOf(s)
 		if !ok || !a.gone(criu) {
 			continue
 		}
 		for _, p := range procs {
-			t := task{p.PID, p.StartTime}
 			if p.StartTime < criu.Start || p.Ended || !a.ownsNamespace(p) {
 				continue
 			}
-			fate := halfBuiltBy(t, exe)
-			if fate == parked || fate == unclear && exe != "" && fileID(fmt.Sprintf("/proc/%d/exe", p.PID)) == exe {
-				trees = append(trees, tree{pid: p.PID, since: p.StartTime})
+			if halfBuiltBy(p, s.Claim.Exe) != goesOn {
+				trees = append(trees, below(task{p.PID, p.StartTime}))
 			}
 		}
 	}

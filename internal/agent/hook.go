@@ -73,9 +73,10 @@ func (a *Agent) answer(ctx context.Context, n *run, stage criuhook.Stage, req *h
 	message := ""
 	if err == nil {
 		if message, err = a.handle(ctx, n, req); alloc.ReasonOf(err) == alloc.ReasonRange {
-			// The pool knows other ranges than we did: an operator burned ours, say. Nothing of it was committed
-			// and what we would have spent never will be; the whole action, for which the records are read anew
-			// now, looks again at what has no serial. Once: who loses twice has a twin.
+			// The pool knows other ranges than we did: an operator burned ours, say. Nothing of the
+			// request that was refused was committed, and what it would have spent never will be; what the action
+			// asked before may have been. So the whole action, for which the records are read anew now, looks
+			// again at what is done and what has no serial. Once: who loses twice has a twin.
 			a.log.Warn("hook: the pool knows other ranges than this agent; beginning the action again", "action", req.Action, "run", n.key, "cause", err)
 			message, err = a.handle(ctx, n, req)
 		}

@@ -120,7 +120,7 @@ func (a *Agent) fateOf(n *run, tasks []task) fate {
 // executable. All of it must fit to call a task parked, for each of its threads.
 func halfBuilt(t task, criu string) fate {
 	dir := "/proc/" + strconv.Itoa(t.PID)
-	if criu != "" && fileID(dir+"/exe") == criu {
+	if executes(t, criu) {
 		return parked
 	}
 	threads, err := os.ReadDir(dir + "/task")
@@ -176,13 +176,22 @@ func inRestorer(call, maps []byte) bool {
 	return false
 }
 
-// fileID names a file on this host; "" when it cannot be read.
+// fileID names a file on this host, for one boot: DEVICE:INODE:SIZE:CHANGED, 64 bytes at most; "" when it cannot be
+// read. An inode's number is another file's as soon as its own is removed, as by a package's update; so size and
+// time of the last change of the content are in it.
 func fileID(path string) string {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
 		return ""
 	}
-	return fmt.Sprintf("%d:%d", st.Dev, st.Ino)
+	size, changed := strconv.FormatInt(st.Size, 36), strconv.FormatInt(st.Mtim.Nano(), 36)
+	return fmt.Sprintf("%d:%d:%s:%s", st.Dev, st.Ino, size, changed)
+}
+
+// executes reports whether a task executes a file that fileID named; agents before this one named it
+// DEVICE:INODE.
+func executes(t task, file string) bool {
+	return file != "" && strings.HasPrefix(fileID(fmt.Sprintf("/proc/%d/exe", t.PID))+":", file+":")
 }
 
 // inhabited reports whether a process lives in a namespace of the sandbox.

@@ -17,7 +17,7 @@ func (a *Agent) orphanLoop(ctx context.Context) error {
 	if err := a.waitJoined(ctx); err != nil {
 		return nil // ctx ended
 	}
-	t := time.NewTicker(settlePause)
+	t := time.NewTimer(settlePause)
 	defer t.Stop()
 	trouble := ""
 	for {
@@ -36,6 +36,11 @@ func (a *Agent) orphanLoop(ctx context.Context) error {
 		over := func(s alloc.Serial, _ alloc.Epoch) bool { return a.book.sandbox(s) == nil }
 		maps.DeleteFunc(a.stood, over)
 		maps.DeleteFunc(a.ran, over)
+		maps.DeleteFunc(a.left, func(s alloc.Serial, _ *leftTasks) bool {
+			now := a.book.sandbox(s)
+			return now == nil || now.State != alloc.StateClaimed
+		})
+		t.Reset(settlePause) // a whole pause, however long the looks took
 		select {
 		case <-ctx.Done():
 			return nil
@@ -51,7 +56,7 @@ func (a *Agent) mayBeOrphan(s *alloc.Sandbox) bool {
 	case alloc.StateDumped, alloc.StateClaimed:
 		return !a.runs.holds(s.Serial)
 	case alloc.StateRunning:
-		_, _, ok := a.restoreOf(s)
+		_, ok := a.restoreOf(s)
 		return ok && a.ran[s.Serial] != s.Epoch && !a.runs.holds(s.Serial)
 	}
 	return false
@@ -86,11 +91,11 @@ func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
 		return err
 	case alloc.StateClaimed:
 		if s.Claim.BootID == a.bootID() {
-			criu, exe, ok := a.restoreOf(s)
+			criu, ok := a.restoreOf(s)
 			if ok && !a.gone(criu) {
 				return nil // its CRIU lives
 			}
-			left, err := a.endHalfBuilt(ctx, criu.Start, exe)
+			left, err := a.endHalfBuilt(ctx, s, criu.Start)
 			if err != nil || left {
 				return err // given back when nothing of it is left
 			}
@@ -111,7 +116,7 @@ func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
 // stay consumed. A tree that was seen to run is not looked at again. A restore without a claim took nothing
 // that could go back: the sweep ends its sandbox. By the registrar's holder.
 func (a *Agent) endParked(ctx context.Context, s *alloc.Sandbox) error {
-	criu, exe, ok := a.restoreOf(s)
+	criu, ok := a.restoreOf(s)
 	if !ok || !a.gone(criu) {
 		return nil // its CRIU lives
 	}
@@ -120,11 +125,12 @@ func (a *Agent) endParked(ctx context.Context, s *alloc.Sandbox) error {
 		return err // the sweep's
 	}
 	for _, t := range tasks {
-		switch halfBuiltBy(t, exe) {
-		case goesOn:
+		fate := halfBuilt(t, "")
+		if fate == goesOn {
 			a.ran[s.Serial] = s.Epoch
 			return nil
-		case unclear:
+		}
+		if by, err := tracer(t); fate == unclear || err != nil || by != 0 {
 			delete(a.stood, s.Serial)
 			return nil
 		}
@@ -173,49 +179,86 @@ func (a *Agent) seeDead(ctx context.Context, tasks []task) error {
 	}
 }
 
-// endHalfBuilt ends what a restore that nobody remembers has left half built: trees that no restore we know
-// works on, begun since that restore's CRIU was, which executed exe. A tree that was answered 0 stands in
-// the restorer too, until its CRIU lets it go. What is ended was seen so twice, a pause apart: a restore
-// that we do not know, because the hook was not there for it, does not stand still. What a CRIU may be making
-// that nobody knows is left alone. It reports whether anything may be left.
-func (a *Agent) endHalfBuilt(ctx context.Context, since uint64, exe string) (left bool, err error) {
+// leftTasks is what the last looks for what a restore has left half built saw.
+type leftTasks struct {
+	looks map[task]looks
+	told  string // what was said that keeps the claim
+}
+
+// looks counts in how many looks in a row, up to the last, a task was there, and was to be ended.
+type looks struct{ there, clear int }
+
+// tellAfter is in how many looks in a row a task has to keep a claim until that is said: most go by themselves.
+const tellAfter = 5
+
+// endHalfBuilt ends what the restore of a claim that nobody remembers has left half built: trees that no restore
+// we know works on, begun since that restore's CRIU was. A tree that was answered 0 stands in the restorer
+// too, until its CRIU lets it go. What is ended was seen so twice, a pause apart: a restore that we do not
+// know, because the hook was not there for it, does not stand still. What may be somebody's is left alone, and
+// the claim with it. It reports whether anything may be left.
+func (a *Agent) endHalfBuilt(ctx context.Context, s *alloc.Sandbox, since uint64) (left bool, err error) {
 	procs, err := a.kernel.Sweep(ctx)
 	if err != nil {
 		return true, err
 	}
-	before := a.parked
-	a.parked = map[task]bool{}
-	procs = leaveOut(procs, append(a.runs.restoring(), a.byClaims(alloc.StateClaimed, alloc.StateRunning)...))
-	ours := map[int]bool{}
-	for _, p := range leaveOut(procs, a.alienTrees(procs, exe)) {
-		ours[p.PID] = true
+	before := a.left[s.Serial]
+	if before == nil {
+		before = &leftTasks{}
 	}
+	now := &leftTasks{looks: map[task]looks{}, told: before.told}
+	a.left[s.Serial] = now
+	known, besides := apart(append(a.runs.restoring(), a.byClaims(alloc.StateClaimed, alloc.StateRunning)...))
+	around := a.lookAround(procs, known, besides, s.Claim.Exe)
 	var ended []task
-	for _, p := range procs {
+	keeps := ""
+	for _, p := range leaveOut(procs, known) {
 		t := task{p.PID, p.StartTime}
 		if p.StartTime < since || p.Ended || !a.ownsNamespace(p) || isDying(t) {
 			continue
 		}
-		switch halfBuiltBy(t, exe) {
+		doubt := "what it waits for is not a step of CRIU's"
+		switch halfBuiltBy(p, s.Claim.Exe) {
 		case goesOn:
-		case unclear:
-			left = true
+			continue
 		case parked:
-			left = true
-			if !ours[t.PID] {
-				continue
-			}
-			if a.parked[t] = true; !before[t] {
-				continue
-			}
-			a.log.Warn("a restore that no run on disk knows left a task that never ran; ending it", "pid", p.PID, "command", p.Comm)
-			if err := a.kill(t); err != nil {
-				return true, err
-			}
-			ended = append(ended, t)
+			doubt = around.doubt(p)
 		}
+		left = true
+		seen := looks{there: before.looks[t].there + 1}
+		if doubt == "" {
+			seen.clear = before.looks[t].clear + 1
+		}
+		now.looks[t] = seen
+		if doubt != "" && seen.there >= tellAfter && keeps == "" {
+			keeps = fmt.Sprintf("process %d (%s) may be left of it, and is not ended because %s", p.PID, p.Comm, doubt)
+		}
+		if seen.clear < 2 {
+			continue
+		}
+		a.log.Warn("a restore that no run on disk knows left a task that never ran; ending it", "sandbox", s.Serial, "pid", p.PID, "command", p.Comm)
+		if err := a.kill(t); err != nil {
+			return true, err
+		}
+		ended = append(ended, t)
+	}
+	if keeps != "" && keeps != now.told {
+		now.told = keeps
+		a.log.Warn("the claim of a restore that no run on disk knows, and whose CRIU is gone, cannot be given back yet", "sandbox", s.Serial, "cause", keeps,
+			"fix", "look who needs that process: ps -o pid,ppid,lstart,args -p PID; if nobody does, kill -KILL it, and the claim goes back; a reboot of the host gives it back too")
 	}
 	return left, a.seeDead(ctx, ended)
+}
+
+// apart parts what a CRIU certainly makes, what is below it or was named to us, from what it may.
+func apart(trees []tree) (certain, possible []tree) {
+	for _, t := range trees {
+		if t.beside {
+			possible = append(possible, t)
+		} else {
+			certain = append(certain, t)
+		}
+	}
+	return certain, possible
 }
 
 func (a *Agent) orphanSettled(h alloc.Handoff, err error) {

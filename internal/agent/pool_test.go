@@ -24,6 +24,7 @@ type testPool struct {
 	ids       map[string][]string // guarded by mu: request ids by method
 	first     map[string]func()   // guarded by mu: done once, before the method's next call
 	storeAway bool                // guarded by mu: servers answer from their view, and nothing else
+	older     bool                // guarded by mu: the server does not know what a claim's CRIU executes
 	// refuse decides against a registration; guarded by mu.
 	refuse func(alloc.RegisterCommand) error
 }
@@ -191,6 +192,11 @@ func (p *testPool) Release(ctx context.Context, cmd alloc.ReleaseCommand) (alloc
 func (p *testPool) Claim(ctx context.Context, cmd alloc.ClaimCommand) (a alloc.ClaimAnswer, err error) {
 	err = p.call(ctx, "Claim", func(id string) error {
 		cmd.RequestID = id
+		p.mu.Lock()
+		if p.older {
+			cmd.Exe = ""
+		}
+		p.mu.Unlock()
 		a, err = p.svc.Claim(ctx, cmd)
 		return err
 	})

@@ -344,12 +344,13 @@ func (r *runs) trees(of func(runRecord) bool) []tree {
 		if rec.Phase != criuhook.Restore || !rec.Over.IsZero() || rec.BootID != r.a.bootID() || !of(rec) {
 			continue
 		}
-		trees = append(trees, tree{pid: rec.CRIUPID, since: rec.CRIUStart})
+		criu := task{rec.CRIUPID, rec.CRIUStart}
+		trees = append(trees, below(criu))
 		if rec.Init.PID != 0 {
-			trees = append(trees, tree{pid: rec.Init.PID, since: rec.Init.Start})
-			continue
+			trees = append(trees, below(rec.Init))
+		} else {
+			trees = append(trees, beside(criu))
 		}
-		trees = append(trees, r.a.siblings(task{rec.CRIUPID, rec.CRIUStart})...)
 	}
 	return trees
 }

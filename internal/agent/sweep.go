@@ -141,21 +141,11 @@ func (a *Agent) byClaims(states ...alloc.SandboxState) []tree {
 		if !slices.Contains(states, s.State) || a.runs.holds(s.Serial) {
 			continue
 		}
-		if criu, _, ok := a.restoreOf(s); ok && !a.gone(criu) {
-			trees = append(trees, tree{pid: criu.PID, since: criu.Start})
-			trees = append(trees, a.siblings(criu)...)
+		if criu, ok := a.restoreOf(s); ok && !a.gone(criu) {
+			trees = append(trees, below(criu), beside(criu))
 		}
 	}
 	return trees
-}
-
-// siblings is what CRIU's parent has started since CRIU was: under a runtime that wants the tree for itself,
-// the root task is among it. Nothing once CRIU is gone, or is PID 1's.
-func (a *Agent) siblings(criu task) []tree {
-	if p, err := a.kernel.Process(criu.PID); err == nil && p.StartTime == criu.Start && p.PPID > 1 {
-		return []tree{{pid: p.PPID, since: criu.Start}}
-	}
-	return nil
 }
 
 func (a *Agent) allNumbered(procs []kernelns.Process) bool {
@@ -207,10 +197,45 @@ func (a *Agent) hostsWish() *wish {
 	return &wish{item: item, add: add, keeps: true}
 }
 
-// tree names processes to leave alone: everything below pid that was started at or after since.
+// tree names processes to leave alone: below pid, itself among them, or beside it, those that were started at
+// or after since.
 type tree struct {
-	pid   int
-	since uint64
+	pid    int
+	since  uint64
+	beside bool
+}
+
+// below is a process and everything below it.
+func below(t task) tree { return tree{pid: t.PID, since: t.Start} }
+
+// beside is what CRIU's parent has been given since CRIU was started, by a fork that nothing was executed after:
+// under a runtime that wants the tree for itself, the root task is among it. Where the runtime is gone, both are
+// its reaper's, PID 1 mostly. Nothing once CRIU itself is gone.
+func beside(criu task) tree { return tree{pid: criu.PID, since: criu.Start, beside: true} }
+
+// of lists what of procs is in the tree.
+func (t tree) of(procs []kernelns.Process) (list []kernelns.Process) {
+	roots := []int{t.pid}
+	if t.beside {
+		roots = roots[:0]
+		i := slices.IndexFunc(procs, func(p kernelns.Process) bool { return p.PID == t.pid && p.StartTime == t.since })
+		for _, p := range procs {
+			if i < 0 || p.PID == t.pid || p.PPID != procs[i].PPID || p.StartTime < t.since {
+				continue
+			}
+			if forked, err := onlyForked(task{p.PID, p.StartTime}); forked || err != nil {
+				roots = append(roots, p.PID)
+			}
+		}
+	}
+	for _, root := range roots {
+		for _, p := range kernelns.Descendants(procs, root) {
+			if p.StartTime >= t.since {
+				list = append(list, p)
+			}
+		}
+	}
+	return list
 }
 
 // leaveOut removes the trees that a live CRIU is building.
@@ -220,10 +245,8 @@ func leaveOut(procs []kernelns.Process, trees []tree) []kernelns.Process {
 	}
 	out := map[int]bool{}
 	for _, t := range trees {
-		for _, p := range kernelns.Descendants(procs, t.pid) {
-			if p.StartTime >= t.since {
-				out[p.PID] = true
-			}
+		for _, p := range t.of(procs) {
+			out[p.PID] = true
 		}
 	}
 	var left []kernelns.Process
