@@ -127,34 +127,53 @@ func TestCRIUsService(t *testing.T) {
 	h.consistent()
 }
 
-// TestCRIUsDaemon: the service is gone that has forked a CRIU in its container, in which others live.
+// TestCRIUsDaemon: the service is gone that has forked a CRIU in its container, in which others live. That one
+// waits for what it makes, or for requests.
 func TestCRIUsDaemon(t *testing.T) {
-	h := newHost(t)
-	d := h.moved()
-	c := h.parked(d, false)
-	lost := c.root
-	service := h.other(criuProgram, unix.CLONE_NEWNS|unix.CLONE_NEWUTS)
-	service.tree(0, true)
-	worker := service.root
-	before := serialsOf(h.serials(worker.PID))
-	said := service.order(order{Tree: unix.CLONE_NEWIPC}) // who lives in it
-	if said.Err != "" {
-		t.Fatal(said.Err)
+	for name, c := range map[string]struct {
+		serves bool
+		why    string
+	}{
+		"makes":  {false, "it may be a CRIU at work"},
+		"serves": {true, "what it waits for is not a step of CRIU's"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			d := h.moved()
+			forgotten := h.parked(d, false)
+			lost := forgotten.root
+			service := h.other(criuProgram, unix.CLONE_NEWNS|unix.CLONE_NEWUTS)
+			fork := func(o order) task {
+				t.Helper()
+				made := service.order(o)
+				if made.Err != "" {
+					t.Fatal(made.Err)
+				}
+				t.Cleanup(func() { kill(made.PID) })
+				p, err := h.kernel.Process(made.PID)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return task{p.PID, p.StartTime}
+			}
+			worker := fork(order{Parked: true, Serves: c.serves})
+			lives := fork(order{Tree: unix.CLONE_NEWIPC}) // in the container
+			before := serialsOf(h.serials(worker.PID))
+			h.forgets(func() { forgotten.end(); service.end() })
+			h.ended(lost)
+			h.keeps(d.sandbox, worker, c.why)
+			for typ, serial := range serialsOf(h.serials(worker.PID)) {
+				if serial != before[typ] {
+					t.Errorf("%s: %s became %s", typ, before[typ], serial)
+				}
+			}
+			kill(worker.PID)
+			h.reaches(d.sandbox, alloc.StateInTransit)
+			kill(lives.PID)
+			h.settled()
+			h.consistent()
+		})
 	}
-	t.Cleanup(func() { kill(said.PID) })
-	h.forgets(func() { c.end(); service.end() })
-	h.ended(lost)
-	h.keeps(d.sandbox, worker, "it may be a CRIU at work")
-	for typ, serial := range serialsOf(h.serials(worker.PID)) {
-		if serial != before[typ] {
-			t.Errorf("%s: %s became %s", typ, before[typ], serial)
-		}
-	}
-	kill(worker.PID)
-	h.reaches(d.sandbox, alloc.StateInTransit)
-	kill(said.PID)
-	h.settled()
-	h.consistent()
 }
 
 // TestRuntimeGone: CRIU has made the root task its sibling, and the runtime that both were of is gone, so that

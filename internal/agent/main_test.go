@@ -129,6 +129,8 @@ type order struct {
 	// Tree is the clone flags of a task to make; Parked one that executes CRIU's program.
 	Tree   uintptr `json:",omitempty"`
 	Parked bool    `json:",omitempty"`
+	// Serves has the parked task wait as a daemon does, not for CRIU's next step.
+	Serves bool `json:",omitempty"`
 	// Program is what the task executes otherwise; empty for sleep.
 	Program string `json:",omitempty"`
 	// Net is the network namespace for it to join.
@@ -177,7 +179,7 @@ func makeTree(o order) said {
 		c = exec.Command(o.Program)
 	}
 	if o.Parked {
-		return forkParked(o.Tree)
+		return forkParked(o.Tree, o.Serves)
 	}
 	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: o.Tree}
 	err := errors.New("not started")
@@ -195,16 +197,21 @@ func makeTree(o order) said {
 }
 
 // forkParked makes a task as CRIU does: forked, in namespaces of its own, executing nothing else, and waiting in
-// futex(2) for a next step.
+// futex(2) for a next step. One that serves waits in ppoll(2).
 //
 //go:norace
-func forkParked(flags uintptr) said {
+func forkParked(flags uintptr, serves bool) said {
 	word := new(uint32)
+	call, arg := uintptr(unix.SYS_FUTEX), uintptr(unsafe.Pointer(word))
+	if serves {
+		call, arg = unix.SYS_PPOLL, 0
+	}
 	// Nothing of the runtime works in the child: it makes system calls and nothing else.
 	pid, _, errno := syscall.RawSyscall6(unix.SYS_CLONE, flags|uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
 	for pid == 0 && errno == 0 {
-		_, _, _ = syscall.RawSyscall6(unix.SYS_FUTEX, uintptr(unsafe.Pointer(word)), 0 /* FUTEX_WAIT */, 0, 0, 0, 0)
+		_, _, _ = syscall.RawSyscall6(call, arg, 0 /* FUTEX_WAIT */, 0, 0, 0, 0)
 	}
+	runtime.KeepAlive(word)
 	if errno != 0 {
 		return said{Err: errno.Error()}
 	}
