@@ -116,17 +116,23 @@ type surroundings struct {
 }
 
 // lookAround finds each CRIU that lives and of which it is not known what it makes: others', without the hook or
-// of another version, and one of ours whose record is lost. known are the trees of which it is known; beside a
-// CRIU there may be what it makes.
-func (a *Agent) lookAround(procs []kernelns.Process, known, beside []tree, exe string) surroundings {
+// of another version, and one of ours whose record is lost. known are the trees of which it is known, possible
+// those that may be what some CRIU makes.
+func (a *Agent) lookAround(procs []kernelns.Process, known, possible []tree, exe string) surroundings {
 	s := surroundings{a, procs, exe, map[int]int{}}
 	for _, p := range leaveOut(procs, known) {
 		criu := task{p.PID, p.StartTime}
-		if !p.Ended && !p.KernelThread && (calledCRIU(p) || executes(criu, exe)) && !s.isMade(p) {
-			beside = append(beside, below(criu), tree{pid: criu.PID, since: criu.Start, beside: true})
+		if p.Ended || p.KernelThread || !(calledCRIU(p) || executes(criu, exe)) || s.isMade(p) {
+			continue
+		}
+		possible = append(possible, below(criu))
+		// A CRIU that was only forked, by a service, does not make siblings; it may be a helper that the one which is
+		// gone has left, and that lives as long as the tree does.
+		if forked, err := onlyForked(criu); !forked || err != nil {
+			possible = append(possible, beside(criu))
 		}
 	}
-	for _, t := range beside {
+	for _, t := range possible {
 		for _, p := range t.of(procs) {
 			if _, ok := s.makers[p.PID]; !ok {
 				s.makers[p.PID] = t.pid

@@ -248,6 +248,26 @@ func TestTraced(t *testing.T) {
 	h.consistent()
 }
 
+// TestHelperLeft: a CRIU that is gone has left a helper too, forked as what it makes, which ends with the tree.
+func TestHelperLeft(t *testing.T) {
+	h := newHost(t)
+	d := h.moved()
+	c := h.criu()
+	c.passes(criuhook.PreRestore, 0, d.images)
+	helper := c.order(order{Parked: true, Serves: true})
+	if helper.Err != "" {
+		t.Fatal(helper.Err)
+	}
+	t.Cleanup(func() { kill(helper.PID) })
+	c.passes(criuhook.SetupNamespaces, c.tree(containerFlags, true), d.images)
+	h.forgets(c.end)
+	h.ended(c.root)
+	h.reaches(d.sandbox, alloc.StateInTransit)
+	kill(helper.PID)
+	h.settled()
+	h.consistent()
+}
+
 // TestTwoForgotten: of two restores nobody remembers anything and both CRIUs are gone. Both claims go back, and
 // what is ended for one is not what was only seen for the other.
 func TestTwoForgotten(t *testing.T) {
