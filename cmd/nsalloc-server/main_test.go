@@ -184,7 +184,7 @@ func TestYourEtcd(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer etcd.Close()
-	p := launch(t, "--etcd", etcd.Endpoint(), "--pool", "mine", "--listen", "127.0.0.1:0")
+	p := launch(t, "--etcd", etcd.Endpoint(), "--pool", "mine", "--listen", "127.0.0.1:0", "--data-dir", tempDir(t))
 	c := dial(t, p.lines[0])
 	if _, _, err := c.Pool(t.Context()); !errors.Is(err, alloc.ErrPoolMissing) {
 		t.Errorf("without a pool: %v", err)

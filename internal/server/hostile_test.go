@@ -214,7 +214,7 @@ func TestCancelled(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*200*time.Microsecond)
 		_, err := c.Allocate(ctx, alloc.AllocateCommand{RequestID: client.NewRequestID(), Count: 1})
 		cancel()
-		if err != nil && !errors.Is(err, alloc.ErrUnknownOutcome) && !errors.Is(err, alloc.ErrUnavailable) {
+		if err != nil && !errors.Is(err, alloc.ErrUnknownOutcome) && !errors.Is(err, alloc.ErrUnavailable) && !errors.Is(err, alloc.ErrExhausted) {
 			t.Fatalf("%v (%v)", err, status.Code(err))
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -73,14 +74,13 @@ func TestLaneLost(t *testing.T) {
 // stuck is a store whose commits wait.
 type stuck struct {
 	*memstore.Store
-	entered, gate chan struct{}
+	waiting atomic.Int32
+	gate    chan struct{}
 }
 
-func (s stuck) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error) {
-	select {
-	case s.entered <- struct{}{}:
-	default:
-	}
+func (s *stuck) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error) {
+	s.waiting.Add(1)
+	defer s.waiting.Add(-1)
 	select {
 	case <-s.gate:
 		return s.Store.Commit(ctx, tx)
@@ -94,20 +94,25 @@ func (s stuck) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error) 
 func TestTurnDoesNotCome(t *testing.T) {
 	mem := memstore.New()
 	initPool(t, mem)
-	st := stuck{mem, make(chan struct{}, 1), make(chan struct{})}
+	st := &stuck{Store: mem, gate: make(chan struct{})}
 	r := start(t, Config{Store: st})
 	c := r.dial("")
-	// Whatever lanes there are, all hang in their commits.
+	// Whatever lanes there are, all hang in their commits: as many as calls can make of them.
 	const lanes = 4
-	first := make(chan error, lanes)
-	for range lanes {
-		go func() {
+	var calls sync.WaitGroup
+	for deadline := time.Now().Add(30 * time.Second); st.waiting.Load() < lanes; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d lanes hang", st.waiting.Load())
+		}
+		calls.Go(func() {
 			_, err := c.Allocate(t.Context(), alloc.AllocateCommand{RequestID: client.NewRequestID(), Count: 1})
-			first <- err
-		}()
-		<-st.entered
+			if err != nil && !client.Again(err) {
+				t.Error(err)
+			}
+		})
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	// The next ones wait; one lane or another may take a few when it gives up and begins again.
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	_, err := c.Allocate(ctx, alloc.AllocateCommand{RequestID: client.NewRequestID(), Count: 1})
 	var e *alloc.Error
@@ -115,11 +120,7 @@ func TestTurnDoesNotCome(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	close(st.gate)
-	for range lanes {
-		if err := <-first; err != nil {
-			t.Error(err)
-		}
-	}
+	calls.Wait()
 }
 
 // TestPoolLevel: what is left, and how fast it goes, as a client and as Prometheus see it.

@@ -219,6 +219,8 @@ func TestSerialsOfManyAtTheEnd(t *testing.T) {
 	var s *issuer
 	left := uint64(50)
 	gathering(t, func(n int) error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		if s.counts[n] > left {
 			return refusal(alloc.ReasonExhausted, 0)
 		}
