@@ -130,7 +130,7 @@ func (a *Agent) commitProvisional(ctx context.Context) error {
 }
 
 // away reports whether the pool was not reached when it was looked for last.
-func (a *Agent) away() bool { return a.trouble.Load() != nil || !a.isJoined() }
+func (a *Agent) away() bool { return a.trouble.Load() != nil }
 
 // waitReached waits until the pool is reached and the agent knows its sandboxes.
 func (a *Agent) waitReached(ctx context.Context) error {
