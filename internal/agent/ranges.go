@@ -17,33 +17,35 @@ const (
 	minGrant = 8192
 	// maxGrant is a minute at 1,000 serials a second, and bounds what a runaway host can burn.
 	maxGrant = 65536
-	// A range that is used up sooner than shortUse was too small, one that lasts longer than longUse too large.
-	shortUse = 30 * time.Second
-	longUse  = 2 * time.Minute
 )
 
 // pace is how many serials this host asks for at once: about what it uses in a minute.
 type pace struct {
-	n  uint64
-	at time.Time // when a range was granted last; zero before
+	n    uint64
+	at   time.Time // when a range was granted last; zero before
+	left uint64    // what there was left then, with that range
 }
 
 func (p *pace) size() uint64 { return min(max(p.n, minGrant), maxGrant) }
 
-// granted notes that another range was needed: what was granted last has been used up since.
-func (p *pace) granted(now time.Time) {
-	if lasted := now.Sub(p.at); p.at.IsZero() {
-	} else if lasted < shortUse {
-		p.n = min(2*p.size(), maxGrant)
-	} else if lasted > longUse {
-		p.n = max(p.size()/2, minGrant)
+// granted notes that another range came when before were left, and how many are now. What was used since the range
+// before says how fast they go, if it was enough to tell: a host that is filled takes its first ones all at once.
+func (p *pace) granted(now time.Time, before, after uint64) {
+	if used, took := p.left-min(before, p.left), now.Sub(p.at); !p.at.IsZero() {
+		inMinute := uint64(float64(used) / max(took.Minutes(), 1e-6))
+		switch {
+		case used >= p.size()/2 && inMinute > p.size():
+			p.n = min(2*p.size(), maxGrant)
+		case inMinute < p.size()/2:
+			p.n = max(p.size()/2, minGrant)
+		}
 	}
-	p.at = now
+	p.at, p.left = now, after
 }
 
 // granted notes what the pool has granted; by the holder.
 func (r *registrar) granted(all alloc.Ranges) {
-	r.grants.granted(time.Now())
+	r.grants.granted(time.Now(), r.left.Load(), all.Count())
 	r.spent(all)
 }
 

@@ -66,21 +66,27 @@ func TestOneRefused(t *testing.T) {
 	}
 }
 
-// TestPace: what is asked for follows what is used.
+// TestPace: what is asked for follows what is used in a minute, by doubling and halving; a few at once, as when a
+// host is filled, say nothing.
 func TestPace(t *testing.T) {
 	at := time.Now()
 	p := pace{}
+	left := uint64(0)
 	for i, c := range []struct {
 		lasts time.Duration
+		used  uint64
 		want  uint64
 	}{
-		{0, minGrant}, {time.Second, 2 * minGrant}, {29 * time.Second, 4 * minGrant}, {time.Minute, 4 * minGrant}, {time.Second, maxGrant}, {time.Second, maxGrant},
-		{3 * time.Minute, maxGrant / 2}, {time.Hour, maxGrant / 4}, {time.Hour, minGrant}, {time.Hour, minGrant},
+		{0, 0, minGrant}, {time.Millisecond, 9, minGrant}, {30 * time.Second, minGrant, 2 * minGrant}, {time.Second, minGrant, 4 * minGrant},
+		{time.Minute, 4 * minGrant, 4 * minGrant}, {2 * time.Minute, 4 * minGrant, 4 * minGrant}, {time.Second, 4 * minGrant, maxGrant}, {time.Second, maxGrant, maxGrant},
+		{5 * time.Minute, maxGrant, maxGrant / 2}, {time.Hour, maxGrant / 2, maxGrant / 4}, {time.Hour, minGrant, minGrant}, {time.Hour, minGrant, minGrant},
 	} {
 		at = at.Add(c.lasts)
-		p.granted(at)
+		before := left - min(left, c.used)
+		left = before + 2*maxGrant
+		p.granted(at, before, left)
 		if p.size() != c.want {
-			t.Errorf("%d: %d after one that lasted %v, want %d", i, p.size(), c.lasts, c.want)
+			t.Errorf("%d: %d after %d were used in %v, want %d", i, p.size(), c.used, c.lasts, c.want)
 		}
 	}
 }
@@ -89,6 +95,9 @@ func TestPace(t *testing.T) {
 func TestSpare(t *testing.T) {
 	h := newHost(t)
 	h.spare()
+	if held := hostRecord(t, h).Granted.Count(); held > 2*minGrant {
+		t.Errorf("a host that has numbered itself holds %d serials", held)
+	}
 	asked, answer := make(chan struct{}), make(chan struct{})
 	h.pool.before("Grant", func() {
 		close(asked)
