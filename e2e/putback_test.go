@@ -103,8 +103,17 @@ func TestStorePutBack(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if out, err := run("pool", "status"); err != nil || !strings.Contains(out, "recovering") {
-				t.Errorf("%v\n%s", err, out)
+			seen, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			err = until(seen, func(context.Context) error { // the view of a server is moments behind
+				out, err := run("pool", "status")
+				if err == nil && !strings.Contains(out, "recovering") {
+					err = errors.New(out)
+				}
+				return err
+			})
+			cancel()
+			if err != nil {
+				t.Error(err)
 			}
 			if log := c.servers[0].log.String(); !strings.Contains(log, "the store has lost history") {
 				t.Errorf("server 0 says\n%s", log)
