@@ -86,6 +86,7 @@ func TestRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.dir += "-lost" // no state
+	t.Cleanup(func() { _ = os.RemoveAll(h.dir) })
 	h.start()
 	same("state lost")
 	if now := h.registrar.life.Load(); now <= life {
