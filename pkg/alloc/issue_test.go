@@ -411,7 +411,7 @@ func TestLanesShareTheLoad(t *testing.T) {
 		if n := len(everything(t, s).Lanes); n != 1 {
 			t.Errorf("%d lanes, and one is enough", n)
 		}
-		ask(121) // two batches in all
+		ask(121)                                                // two batches in all
 		if n := len(everything(t, s).Lanes); n != 2 && n != 3 { // the one that hangs, and those for what waits
 			t.Errorf("%d lanes for two batches", n)
 		}
