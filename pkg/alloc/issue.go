@@ -125,9 +125,12 @@ func (a *allocation) late() error {
 func (s *Service) wake() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	waits, idle := len(s.queue), len(s.idle)
-	if idle == 0 || waits <= maxBatch*s.waking || waits < maxBatch && idle+s.slow < maxLanes {
-		return // lanes that have been woken, or one at work, will take them
+	waits, idle, enough := len(s.queue), len(s.idle), 1
+	if idle+s.slow < maxLanes { // one at work takes what is left over, and each that was woken a batch
+		enough = maxBatch * (s.waking + 1)
+	}
+	if idle == 0 || waits < enough {
+		return
 	}
 	// The one that was at work last: the others keep what they have for when they are needed.
 	l := s.idle[idle-1]
@@ -139,20 +142,26 @@ func (s *Service) wake() {
 // drain issues batches until nobody waits. What arrives while a transaction is under way makes the
 // next batch, so that batches grow with the load and no timer is needed.
 func (s *Service) drain(l *lane) {
-	batch := s.batch()
-	s.mu.Lock()
-	s.waking--
-	s.mu.Unlock()
-	for len(batch) > 0 {
+	for batch := s.next(l, true); batch != nil; batch = s.next(l, false) {
 		done := s.watch()
 		s.issue(l, batch)
 		done()
-		batch = s.batch()
 	}
+}
+
+// next is a lane's next batch, or nil: then the lane is idle. Whoever wakes lanes sees the queue before it or
+// after it, so that no call is left behind, and of two lanes one takes all that waits for one.
+func (s *Service) next(l *lane, woken bool) []*allocation {
 	s.mu.Lock()
-	s.idle = append(s.idle, l)
-	s.mu.Unlock()
-	s.wake() // what came since the last look saw this lane at work
+	defer s.mu.Unlock()
+	if woken {
+		s.waking--
+	}
+	batch := s.batch()
+	if batch == nil {
+		s.idle = append(s.idle, l)
+	}
+	return batch
 }
 
 // watch sees to it that nobody waits for a lane that is slow: the store may hang, or be slow for one key.
