@@ -64,6 +64,7 @@ type cellRun struct {
 	before    alloc.Range // what was allocated before allocated
 	mending   string      // the mend's request
 	mended    alloc.Mended
+	quota     uint64 // that the policy is set to
 }
 
 const killBundle = "/var/lib/bundles/kill"

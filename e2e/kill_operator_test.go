@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strconv"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/client"
@@ -110,5 +111,37 @@ func (c *cellRun) mendedOnce() error {
 	if got, err := c.ask(); !errors.Is(err, alloc.ErrRequestExpired) {
 		return fmt.Errorf("request %s was put aside, and is answered %v, %w", c.request, got, err)
 	}
+	return nil
+}
+
+// preparePolicy has a container run; the cells of one pool each set a quota of their own.
+func (c *cellRun) preparePolicy() {
+	c.must(c.start())
+	pool, _, err := c.p.Client().Pool(c.p.ctx())
+	c.must(err)
+	quota, _ := pool.Policy.Quota()
+	c.quota = quota + 1
+}
+
+// setPolicy sets the cell's quota, until there is an answer.
+func (c *cellRun) setPolicy() error {
+	return client.Retry(c.p.ctx(), func(id string) error {
+		pool, err := c.p.Client().SetPolicy(c.p.ctx(), alloc.SetPolicyCommand{RequestID: id, Fields: map[string]string{"host-quota": strconv.FormatUint(c.quota, 10)}})
+		if err == nil && pool.Policy.HostQuota != c.quota {
+			err = fmt.Errorf("the quota was set to %d, and is %d", c.quota, pool.Policy.HostQuota)
+		}
+		return err
+	})
+}
+
+// policySet: what was answered is in force.
+func (c *cellRun) policySet() error {
+	c.p.eventually("the policy is shown as it was set", func() error { // the server's view may be moments behind
+		pool, _, err := c.p.Client().Pool(c.p.ctx())
+		if err == nil && pool.Policy.HostQuota != c.quota {
+			err = fmt.Errorf("the quota was set to %d, and is %d", c.quota, pool.Policy.HostQuota)
+		}
+		return err
+	})
 	return nil
 }

@@ -234,19 +234,22 @@ func (e etcdFlags) plainRemote() string {
 	return ""
 }
 
-// policyFlags are init-pool's.
-type policyFlags struct{ live, over, unknown string }
+// policyFlags are init-pool's: a flag for each field of a policy.
+type policyFlags map[string]*string
 
-func (p *policyFlags) add(f *pflag.FlagSet) {
-	d := alloc.DefaultPolicy()
-	f.StringVar(&p.live, "policy-live", string(d.Live), "restoring images whose sandbox lives: clone or refuse")
-	f.StringVar(&p.over, "policy-over", string(d.Over), "restoring the copy of a sandbox that is over: resume, clone or refuse")
-	f.StringVar(&p.unknown, "policy-unknown", string(d.Unknown), "restoring images that the pool never heard of: adopt or refuse")
+func (p policyFlags) add(f *pflag.FlagSet) {
+	for _, field := range alloc.PolicyFields() {
+		p[field.Name] = f.String("policy-"+field.Name, field.Of(alloc.DefaultPolicy()), field.What)
+	}
 }
 
 func (p policyFlags) policy() (alloc.Policy, error) {
-	policy := alloc.Policy{Live: alloc.Action(p.live), Over: alloc.Action(p.over), Unknown: alloc.Action(p.unknown)}
-	if err := policy.Validate(); err != nil {
+	fields := map[string]string{}
+	for name, text := range p {
+		fields[name] = *text
+	}
+	policy, err := alloc.DefaultPolicy().With(fields)
+	if err != nil {
 		return policy, usage("--%s", strings.Replace(err.Error(), "policy ", "policy-", 1))
 	}
 	return policy, nil

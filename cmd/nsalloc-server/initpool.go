@@ -18,7 +18,7 @@ const initTimeout = 15 * time.Second
 
 func initPoolCommand(stdout io.Writer) *cobra.Command {
 	var etcd etcdFlags
-	var policy policyFlags
+	policy := policyFlags{}
 	cmd := &cobra.Command{
 		Use:   "init-pool --etcd URL,...",
 		Short: "Create the pool in an etcd of yours",

@@ -227,6 +227,15 @@ func (f fakeRecords) Mend(ctx context.Context, r *nsallocv1.MendRequest) (*nsall
 	return nil, refuse(alloc.ReasonNothingToMend, r.Kind+" "+r.Id, "nsalloc check finds nothing that mending it would help; nothing was changed")
 }
 
+func (f fakeRecords) SetPolicy(_ context.Context, r *nsallocv1.SetPolicyRequest) (*nsallocv1.SetPolicyResponse, error) {
+	pool := wire.PoolFromWire(f.pool)
+	var err error
+	if pool.Policy, err = pool.Policy.With(r.Fields); err != nil {
+		return nil, wire.Status(err).Err()
+	}
+	return &nsallocv1.SetPolicyResponse{Pool: wire.PoolToWire(pool)}, nil
+}
+
 func (f *fake) Status(context.Context, *nsallocv1.StatusRequest) (*nsallocv1.StatusResponse, error) {
 	st := &nsallocv1.StatusResponse{
 		Host: "b", Incarnation: 1<<48 | 3, BootId: bootB, Pool: f.pool, Connected: !f.away, Granted: 900,

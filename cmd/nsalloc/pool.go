@@ -19,7 +19,7 @@ import (
 )
 
 func (c *cli) poolCommand() *cobra.Command {
-	return group("pool", "The pool: the hosts among which containers move", c.poolStatusCommand(), c.poolInitCommand(), c.poolRecoverCommand())
+	return group("pool", "The pool: the hosts among which containers move", c.poolStatusCommand(), c.poolPolicyCommand(), c.poolInitCommand(), c.poolRecoverCommand())
 }
 
 func (c *cli) poolStatusCommand() *cobra.Command {
@@ -85,6 +85,7 @@ func (c *cli) printPool(d poolDoc, l *alloc.Level) error {
 	f.add("Policy", fmt.Sprintf("a second restore of a live sandbox: %s", d.Policy.Live))
 	f.add("", fmt.Sprintf("a copy of a sandbox that is over: %s", d.Policy.Over))
 	f.add("", fmt.Sprintf("images that nobody knows: %s", d.Policy.Unknown))
+	f.add("", "serials for one host in 24 hours: "+quotaText(d.Policy.HostQuota))
 	return c.print(answer{doc: d, names: []string{d.UUID}, lines: c.fieldText(f)})
 }
 
@@ -116,16 +117,23 @@ func thousands(n uint64) string {
 	return s
 }
 
+// quotaText is a host's quota in words.
+func quotaText(n uint64) string {
+	if n == 0 {
+		return "no limit"
+	}
+	return thousands(n)
+}
+
 type poolFlags struct {
-	etcd                []string
-	ca, cert, key       string
-	name                string
-	live, over, unknown string
+	etcd          []string
+	ca, cert, key string
+	name          string
+	policy        map[string]*string // by the field's name
 }
 
 func (c *cli) poolInitCommand() *cobra.Command {
-	var f poolFlags
-	d := alloc.DefaultPolicy()
+	f := poolFlags{policy: map[string]*string{}}
 	cmd := &cobra.Command{
 		Use:   "init --etcd URL[,URL...] [--pool NAME]",
 		Short: "Create a pool in an etcd",
@@ -145,9 +153,9 @@ A server with an etcd of its own (nsalloc dev) does not need it.`,
 	fl.StringVar(&f.cert, "etcd-cert", "", "`FILE` with the certificate to show to etcd")
 	fl.StringVar(&f.key, "etcd-key", "", "`FILE` with its key")
 	fl.StringVar(&f.name, "pool", "default", "the pool's `NAME` in that etcd, as nsalloc-server --pool has it")
-	fl.StringVar(&f.live, "policy-live", string(d.Live), "a second restore while the sandbox lives: clone or refuse")
-	fl.StringVar(&f.over, "policy-over", string(d.Over), "a copy of a sandbox that is over: resume, clone or refuse")
-	fl.StringVar(&f.unknown, "policy-unknown", string(d.Unknown), "images that the pool never heard of: adopt or refuse")
+	for _, field := range alloc.PolicyFields() {
+		f.policy[field.Name] = fl.String("policy-"+field.Name, field.Of(alloc.DefaultPolicy()), field.What)
+	}
 	return cmd
 }
 
@@ -155,8 +163,12 @@ func (c *cli) poolInit(ctx context.Context, f poolFlags) error {
 	if len(f.etcd) == 0 {
 		return usage("pool init needs --etcd: the client URLs of the etcd that keeps the pool, such as http://127.0.0.1:2379")
 	}
-	policy := alloc.Policy{Live: alloc.Action(f.live), Over: alloc.Action(f.over), Unknown: alloc.Action(f.unknown)}
-	if err := policy.Validate(); err != nil {
+	fields := map[string]string{}
+	for name, text := range f.policy {
+		fields[name] = *text
+	}
+	policy, err := alloc.DefaultPolicy().With(fields)
+	if err != nil {
 		return err
 	}
 	cfg, err := f.store()

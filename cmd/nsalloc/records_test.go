@@ -93,7 +93,7 @@ func recorded() records {
 	digest[0], digest[31] = 0xab, 0xcd
 	r := records{
 		pool: &nsallocv1.Pool{Uuid: "0d7d2f4e-5a51-4d0e-9a65-1c1b6f3f2d10", Generation: 1, State: nsallocv1.PoolState_POOL_STATE_OPEN, Format: 1,
-			Policy: &nsallocv1.Policy{Live: nsallocv1.PolicyAction_POLICY_ACTION_CLONE, Over: nsallocv1.PolicyAction_POLICY_ACTION_RESUME, Unknown: nsallocv1.PolicyAction_POLICY_ACTION_ADOPT}},
+			Policy: &nsallocv1.Policy{Live: nsallocv1.PolicyAction_POLICY_ACTION_CLONE, Over: nsallocv1.PolicyAction_POLICY_ACTION_RESUME, Unknown: nsallocv1.PolicyAction_POLICY_ACTION_ADOPT, HostQuota: alloc.DefaultHostQuota}},
 		level: wire.LevelToWire(alloc.Level{Next: 1 << 46, Left: alloc.MaxCounter - 1<<46 + 1, Generations: 32766, Burn: 1.25e6, Over: 47 * time.Minute,
 			RunsOut: noon.Add(5*365*day + 3*time.Hour)}),
 		sandboxes: []*nsallocv1.Sandbox{hostA, moved, clone, transit, over},

@@ -124,6 +124,13 @@ type policyDoc struct {
 	Live    string `json:"live"`
 	Over    string `json:"over"`
 	Unknown string `json:"unknown"`
+	// HostQuota is the most serials that a host is granted in 24 hours; 0 for no limit.
+	HostQuota uint64 `json:"host_quota"`
+}
+
+func policyView(p alloc.Policy) policyDoc {
+	quota, _ := p.Quota()
+	return policyDoc{Live: string(p.Live), Over: string(p.Over), Unknown: string(p.Unknown), HostQuota: quota}
 }
 
 // serialText is a serial, or nothing for "none".
@@ -218,6 +225,6 @@ func poolView(p *alloc.Pool, l *alloc.Level) poolDoc {
 	return poolDoc{
 		Level: level,
 		UUID:  p.UUID, Generation: uint64(p.Generation), State: string(p.State), Format: p.Format,
-		Policy: policyDoc{Live: string(p.Policy.Live), Over: string(p.Policy.Over), Unknown: string(p.Policy.Unknown)},
+		Policy: policyView(p.Policy),
 	}
 }

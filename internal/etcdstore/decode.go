@@ -271,6 +271,8 @@ func (d *decoder) pool(m *storepb.Pool) *alloc.Pool {
 			Live:    domain(d, actions, m.Policy.GetLive()),
 			Over:    domain(d, actions, m.Policy.GetOver()),
 			Unknown: domain(d, actions, m.Policy.GetUnknown()),
+
+			HostQuota: m.Policy.GetHostQuota(),
 		},
 		Format: int(m.Format), Nonce: m.Nonce, Target: d.target(m.Target), PolicyExtra: unknown(m.Policy), Extra: unknown(m),
 	}

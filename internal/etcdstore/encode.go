@@ -126,6 +126,8 @@ func (e *encoder) pool(p *alloc.Pool) proto.Message {
 			Live:    stored(e, actions, p.Policy.Live),
 			Over:    stored(e, actions, p.Policy.Over),
 			Unknown: stored(e, actions, p.Policy.Unknown),
+
+			HostQuota: p.Policy.HostQuota,
 		}, p.PolicyExtra),
 		Format: uint32(p.Format), Nonce: p.Nonce, Target: uint32(p.Target),
 	}, p.Extra)

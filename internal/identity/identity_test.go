@@ -71,7 +71,7 @@ func TestCheck(t *testing.T) {
 	for kind, allowed := range map[Kind][]string{
 		Host:     append(append([]string{}, mutations...), free...),
 		Client:   free,
-		Operator: append([]string{"Records/Check", "Records/Mend"}, free...),
+		Operator: append([]string{"Records/Check", "Records/Mend", "Records/SetPolicy"}, free...),
 		"server": nil,
 		"":       nil,
 	} {

@@ -36,8 +36,9 @@ var permissions = map[string][]Kind{
 	"/nsalloc.v1.Hosts/Get":   everyone,
 	"/nsalloc.v1.Hosts/List":  everyone,
 
-	"/nsalloc.v1.Records/Check": operator,
-	"/nsalloc.v1.Records/Mend":  operator,
+	"/nsalloc.v1.Records/Check":     operator,
+	"/nsalloc.v1.Records/Mend":      operator,
+	"/nsalloc.v1.Records/SetPolicy": operator,
 
 	"/grpc.health.v1.Health/Check": everyone,
 	"/grpc.health.v1.Health/List":  everyone,

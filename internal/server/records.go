@@ -4,6 +4,7 @@ import (
 	"context"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/client/wire"
 )
 
@@ -28,4 +29,17 @@ func (s records) Mend(ctx context.Context, req *nsallocv1.MendRequest) (*nsalloc
 	}
 	s.log.WarnContext(ctx, "mended, and what was there put aside", "kind", cmd.Kind, "id", cmd.ID, "records", len(done.Changed), "request", cmd.RequestID, "by", cmd.Actor)
 	return wire.MendedToWire(done), nil
+}
+
+func (s records) SetPolicy(ctx context.Context, req *nsallocv1.SetPolicyRequest) (*nsallocv1.SetPolicyResponse, error) {
+	pool, before, err := s.service.SetPolicy(ctx, wire.SetPolicyCommand(req))
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range alloc.PolicyFields() {
+		if was, is := f.Of(before), f.Of(pool.Policy); was != is {
+			s.log.WarnContext(ctx, "the pool's policy was changed", "field", f.Name, "was", was, "is", is, "request", req.GetRequestId(), "by", caller(ctx).String())
+		}
+	}
+	return &nsallocv1.SetPolicyResponse{Pool: wire.PoolToWire(pool)}, nil
 }

@@ -106,3 +106,38 @@ func TestPartedIsNoClash(t *testing.T) {
 		t.Errorf("the view was loaded %d times", r.view.loads)
 	}
 }
+
+// TestSetPolicyOverTheWire: for operators only, a field that this server does not know is refused and none is set, and what is
+// set is shown to everybody.
+func TestSetPolicyOverTheWire(t *testing.T) {
+	r, _ := serving(t)
+	ctx, all := t.Context(), seen{}
+	a, op := join(t, r.dial("a"), "a"), r.dial("")
+	cmd := alloc.SetPolicyCommand{RequestID: client.NewRequestID(), Fields: map[string]string{"host-quota": "0", "over": "clone"}}
+	if _, err := a.Client.SetPolicy(ctx, cmd); alloc.ReasonOf(err) != alloc.ReasonCaller {
+		t.Errorf("a host sets the policy: %v", err)
+	}
+	later := cmd
+	later.Fields = map[string]string{"host-quota": "0", "field-to-come": "1"}
+	_, err := op.SetPolicy(ctx, later)
+	all.refused(t, err, alloc.ReasonInvalid, codes.InvalidArgument, false)
+	want := alloc.DefaultPolicy()
+	for range 2 {
+		if pool, _, err := a.Client.Pool(ctx); err != nil || pool.Policy != want {
+			t.Errorf("%+v, %v", pool, err)
+		}
+		want.Over, want.HostQuota = alloc.PolicyClone, alloc.NoHostQuota
+		if pool, err := op.SetPolicy(ctx, cmd); err != nil || pool.Policy != want {
+			t.Fatalf("%+v, %v", pool, err)
+		}
+		for deadline := time.Now().Add(10 * time.Second); ; { // the view may be moments behind
+			pool, _, err := a.Client.Pool(ctx)
+			if err == nil && pool.Policy == want {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%+v, %v", pool, err)
+			}
+		}
+	}
+}

@@ -581,7 +581,9 @@ type Policy struct {
 	// For the current copy of a sandbox that is over.
 	Over Action `protobuf:"varint,2,opt,name=over,proto3,enum=nsalloc.store.v1.Action" json:"over,omitempty"`
 	// For images without a manifest that the pool never heard of.
-	Unknown       Action `protobuf:"varint,3,opt,name=unknown,proto3,enum=nsalloc.store.v1.Action" json:"unknown,omitempty"`
+	Unknown Action `protobuf:"varint,3,opt,name=unknown,proto3,enum=nsalloc.store.v1.Action" json:"unknown,omitempty"`
+	// The most serials that one host is granted in 24 hours, 2^64-1 for no limit; 0 for the default of whoever reads it.
+	HostQuota     uint64 `protobuf:"varint,5,opt,name=host_quota,json=hostQuota,proto3" json:"host_quota,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -635,6 +637,13 @@ func (x *Policy) GetUnknown() Action {
 		return x.Unknown
 	}
 	return Action_ACTION_UNSPECIFIED
+}
+
+func (x *Policy) GetHostQuota() uint64 {
+	if x != nil {
+		return x.HostQuota
+	}
+	return 0
 }
 
 // Counter is the pool's cursor, under the key counter.
@@ -2151,11 +2160,13 @@ const file_store_proto_rawDesc = "" +
 	"\x06policy\x18\x04 \x01(\v2\x18.nsalloc.store.v1.PolicyR\x06policy\x12\x16\n" +
 	"\x06format\x18\x05 \x01(\rR\x06format\x12\x14\n" +
 	"\x05nonce\x18\x06 \x01(\tR\x05nonce\x12\x16\n" +
-	"\x06target\x18\a \x01(\rR\x06target\"\x98\x01\n" +
+	"\x06target\x18\a \x01(\rR\x06target\"\xb7\x01\n" +
 	"\x06Policy\x12,\n" +
 	"\x04live\x18\x01 \x01(\x0e2\x18.nsalloc.store.v1.ActionR\x04live\x12,\n" +
 	"\x04over\x18\x02 \x01(\x0e2\x18.nsalloc.store.v1.ActionR\x04over\x122\n" +
-	"\aunknown\x18\x03 \x01(\x0e2\x18.nsalloc.store.v1.ActionR\aunknown\"S\n" +
+	"\aunknown\x18\x03 \x01(\x0e2\x18.nsalloc.store.v1.ActionR\aunknown\x12\x1d\n" +
+	"\n" +
+	"host_quota\x18\x05 \x01(\x04R\thostQuota\"S\n" +
 	"\aCounter\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\rR\n" +

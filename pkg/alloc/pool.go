@@ -1,6 +1,9 @@
 package alloc
 
-import "fmt"
+import (
+	"fmt"
+	"math"
+)
 
 // FormatVersion is the format of the records that this version writes. A store of a newer format is
 // refused.
@@ -52,7 +55,8 @@ const (
 	PolicyRefuse Action = "refuse"
 )
 
-// Policy says what a restore gets when it is not the straight continuation of its sandbox.
+// Policy says what a restore gets when it is not the straight continuation of its sandbox, and how much a host gets.
+// An operator changes it (SetPolicy).
 type Policy struct {
 	// Live: images that are consumed, or a copy, while their sandbox lives: PolicyClone or PolicyRefuse.
 	Live Action `json:"live"`
@@ -60,14 +64,37 @@ type Policy struct {
 	Over Action `json:"over"`
 	// Unknown: images without a manifest that the pool never heard of: PolicyAdopt or PolicyRefuse.
 	Unknown Action `json:"unknown"`
+	// HostQuota is the most serials that one host is granted in 24 hours, MinHostQuota or more; NoHostQuota for no
+	// limit. In records of before there were quotas it is 0, which stands for DefaultHostQuota.
+	HostQuota uint64 `json:"host_quota"`
 }
+
+// Quota is the most serials that one host is granted in 24 hours, and whether there is a limit; 0 where there is none.
+func (p Policy) Quota() (n uint64, limited bool) {
+	switch p.HostQuota {
+	case 0:
+		return DefaultHostQuota, true
+	case NoHostQuota:
+		return 0, false
+	}
+	return p.HostQuota, true
+}
+
+const (
+	// NoHostQuota is no limit.
+	NoHostQuota = math.MaxUint64
+	// DefaultHostQuota lets one host that runs wild burn a generation in 2^24 days.
+	DefaultHostQuota = 1 << 24
+	// MinHostQuota is the largest range that can be asked for at once.
+	MinHostQuota = MaxAllocate
+)
 
 // DefaultPolicy is what a new pool has.
 func DefaultPolicy() Policy {
-	return Policy{Live: PolicyClone, Over: PolicyResume, Unknown: PolicyAdopt}
+	return Policy{Live: PolicyClone, Over: PolicyResume, Unknown: PolicyAdopt, HostQuota: DefaultHostQuota}
 }
 
-// Validate checks that each rule has one of its actions.
+// Validate checks that each field has one of its values.
 func (p Policy) Validate() error {
 	switch {
 	case p.Live != PolicyClone && p.Live != PolicyRefuse:
@@ -76,6 +103,8 @@ func (p Policy) Validate() error {
 		return invalid("policy over", fmt.Sprintf("%.40q is not resume, clone or refuse", p.Over))
 	case p.Unknown != PolicyAdopt && p.Unknown != PolicyRefuse:
 		return invalid("policy unknown", fmt.Sprintf("%.40q is not adopt or refuse", p.Unknown))
+	case p.HostQuota != 0 && p.HostQuota < MinHostQuota:
+		return invalid("policy host-quota", fmt.Sprintf("%d is less than %d, what a host can ask for at once", p.HostQuota, MinHostQuota))
 	}
 	return nil
 }

@@ -92,3 +92,9 @@ func (c *Client) Mend(ctx context.Context, cmd alloc.MendCommand) (alloc.Mended,
 	resp, err := c.records.Mend(ctx, wire.MendRequest(cmd))
 	return wire.MendedFromWire(resp), err
 }
+
+// SetPolicy sets fields of the pool's policy and returns the pool. It is for operators; see alloc.Service.SetPolicy.
+func (c *Client) SetPolicy(ctx context.Context, cmd alloc.SetPolicyCommand) (*alloc.Pool, error) {
+	resp, err := c.records.SetPolicy(ctx, wire.SetPolicyRequest(cmd))
+	return wire.PoolFromWire(resp.GetPool()), err
+}

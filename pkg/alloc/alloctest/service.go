@@ -25,6 +25,7 @@ func TestService(t *testing.T, factory func(t *testing.T) Planter) {
 		{"Grant", testGrant},
 		{"OlderGeneration", testOlderGeneration},
 		{"PoolRecovers", testRecovering},
+		{"SetPolicy", testSetPolicy},
 		{"Register", testRegister},
 		{"RegisterManySandboxes", testRegisterMany},
 		{"RegisterChanges", testRegisterChanges},

@@ -56,6 +56,16 @@ func UseCases() []UseCase {
 			cmd := a.Hello()
 			return func(ctx context.Context) (any, error) { h, _, err := p.Hello(ctx, cmd); return answer(err, h) }
 		}},
+		{Name: "SetPolicy", Prepare: func(_ *testing.T, p *Pool) call {
+			cmd := alloc.SetPolicyCommand{RequestID: p.Request(), Fields: map[string]string{"over": "clone"}}
+			return func(ctx context.Context) (any, error) {
+				pool, _, err := p.SetPolicy(ctx, cmd)
+				if err != nil {
+					return nil, err
+				}
+				return answer(nil, pool.Policy)
+			}
+		}},
 		{Name: "Grant", Prepare: func(_ *testing.T, p *Pool) call {
 			cmd := alloc.GrantCommand{Mutation: p.Agent("a").Mutation(), Count: 10}
 			return func(ctx context.Context) (any, error) { return p.Grant(ctx, cmd) }

@@ -275,6 +275,7 @@ func PoolToWire(p *alloc.Pool) *nsallocv1.Pool {
 	if p == nil {
 		return nil
 	}
+	quota, _ := p.Policy.Quota()
 	return &nsallocv1.Pool{
 		Uuid:       p.UUID,
 		Generation: uint32(p.Generation),
@@ -284,6 +285,8 @@ func PoolToWire(p *alloc.Pool) *nsallocv1.Pool {
 			Live:    policyActions.value(p.Policy.Live),
 			Over:    policyActions.value(p.Policy.Over),
 			Unknown: policyActions.value(p.Policy.Unknown),
+
+			HostQuota: quota,
 		},
 	}
 }
@@ -314,6 +317,10 @@ func PoolFromWire(p *nsallocv1.Pool) *alloc.Pool {
 	if p == nil {
 		return nil
 	}
+	quota := p.GetPolicy().GetHostQuota()
+	if quota == 0 {
+		quota = alloc.NoHostQuota // a server of before there were quotas keeps none either
+	}
 	return &alloc.Pool{
 		UUID:       p.GetUuid(),
 		Generation: alloc.Generation(p.GetGeneration()),
@@ -323,6 +330,8 @@ func PoolFromWire(p *nsallocv1.Pool) *alloc.Pool {
 			Live:    policyActions.word(p.GetPolicy().GetLive()),
 			Over:    policyActions.word(p.GetPolicy().GetOver()),
 			Unknown: policyActions.word(p.GetPolicy().GetUnknown()),
+
+			HostQuota: quota,
 		},
 	}
 }

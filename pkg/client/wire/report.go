@@ -7,7 +7,7 @@ import (
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
-// What Check and Mend say, in both directions.
+// What operators ask for and are told, in both directions.
 
 // ReportToWire is r on the wire.
 func ReportToWire(r alloc.Report) *nsallocv1.CheckResponse {
@@ -63,4 +63,14 @@ func MendedFromWire(resp *nsallocv1.MendResponse) alloc.Mended {
 		m.Changed = append(m.Changed, alloc.Key{Kind: alloc.Kind(kind), ID: id})
 	}
 	return m
+}
+
+// SetPolicyRequest is cmd on the wire.
+func SetPolicyRequest(cmd alloc.SetPolicyCommand) *nsallocv1.SetPolicyRequest {
+	return &nsallocv1.SetPolicyRequest{RequestId: cmd.RequestID, Fields: cmd.Fields}
+}
+
+// SetPolicyCommand is what a caller asked for.
+func SetPolicyCommand(req *nsallocv1.SetPolicyRequest) alloc.SetPolicyCommand {
+	return alloc.SetPolicyCommand{RequestID: req.GetRequestId(), Fields: req.GetFields()}
 }

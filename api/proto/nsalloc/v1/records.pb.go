@@ -391,12 +391,114 @@ func (x *MendResponse) GetAt() *timestamppb.Timestamp {
 	return nil
 }
 
+// SetPolicyRequest names fields of the policy with their values.
+type SetPolicyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// UUIDv7 that names this request.
+	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// By the fields' names, with hyphens for underscores, the values: actions in lower case, numbers in decimal. Such as
+	// live: refuse, host-quota: 16777216. They are text so that a server refuses a field that it does not know.
+	Fields        map[string]string `protobuf:"bytes,2,rep,name=fields,proto3" json:"fields,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetPolicyRequest) Reset() {
+	*x = SetPolicyRequest{}
+	mi := &file_nsalloc_v1_records_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetPolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetPolicyRequest) ProtoMessage() {}
+
+func (x *SetPolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_records_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetPolicyRequest.ProtoReflect.Descriptor instead.
+func (*SetPolicyRequest) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_records_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *SetPolicyRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *SetPolicyRequest) GetFields() map[string]string {
+	if x != nil {
+		return x.Fields
+	}
+	return nil
+}
+
+// SetPolicyResponse is what is in force.
+type SetPolicyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The pool, with its policy.
+	Pool          *Pool `protobuf:"bytes,1,opt,name=pool,proto3" json:"pool,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetPolicyResponse) Reset() {
+	*x = SetPolicyResponse{}
+	mi := &file_nsalloc_v1_records_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetPolicyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetPolicyResponse) ProtoMessage() {}
+
+func (x *SetPolicyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_records_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetPolicyResponse.ProtoReflect.Descriptor instead.
+func (*SetPolicyResponse) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_records_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *SetPolicyResponse) GetPool() *Pool {
+	if x != nil {
+		return x.Pool
+	}
+	return nil
+}
+
 var File_nsalloc_v1_records_proto protoreflect.FileDescriptor
 
 const file_nsalloc_v1_records_proto_rawDesc = "" +
 	"\n" +
 	"\x18nsalloc/v1/records.proto\x12\n" +
-	"nsalloc.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0e\n" +
+	"nsalloc.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16nsalloc/v1/types.proto\"\x0e\n" +
 	"\fCheckRequest\"\xfe\x01\n" +
 	"\rCheckResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x1c\n" +
@@ -424,10 +526,20 @@ const file_nsalloc_v1_records_proto_rawDesc = "" +
 	"\fMendResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x18\n" +
 	"\achanged\x18\x02 \x03(\tR\achanged\x12*\n" +
-	"\x02at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x02at2\x82\x01\n" +
+	"\x02at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\xae\x01\n" +
+	"\x10SetPolicyRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12@\n" +
+	"\x06fields\x18\x02 \x03(\v2(.nsalloc.v1.SetPolicyRequest.FieldsEntryR\x06fields\x1a9\n" +
+	"\vFieldsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"9\n" +
+	"\x11SetPolicyResponse\x12$\n" +
+	"\x04pool\x18\x01 \x01(\v2\x10.nsalloc.v1.PoolR\x04pool2\xcc\x01\n" +
 	"\aRecords\x12<\n" +
 	"\x05Check\x12\x18.nsalloc.v1.CheckRequest\x1a\x19.nsalloc.v1.CheckResponse\x129\n" +
-	"\x04Mend\x12\x17.nsalloc.v1.MendRequest\x1a\x18.nsalloc.v1.MendResponseB;Z9github.com/nsalloc/nsalloc/api/proto/nsalloc/v1;nsallocv1b\x06proto3"
+	"\x04Mend\x12\x17.nsalloc.v1.MendRequest\x1a\x18.nsalloc.v1.MendResponse\x12H\n" +
+	"\tSetPolicy\x12\x1c.nsalloc.v1.SetPolicyRequest\x1a\x1d.nsalloc.v1.SetPolicyResponseB;Z9github.com/nsalloc/nsalloc/api/proto/nsalloc/v1;nsallocv1b\x06proto3"
 
 var (
 	file_nsalloc_v1_records_proto_rawDescOnce sync.Once
@@ -441,27 +553,35 @@ func file_nsalloc_v1_records_proto_rawDescGZIP() []byte {
 	return file_nsalloc_v1_records_proto_rawDescData
 }
 
-var file_nsalloc_v1_records_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_nsalloc_v1_records_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_nsalloc_v1_records_proto_goTypes = []any{
 	(*CheckRequest)(nil),          // 0: nsalloc.v1.CheckRequest
 	(*CheckResponse)(nil),         // 1: nsalloc.v1.CheckResponse
 	(*Finding)(nil),               // 2: nsalloc.v1.Finding
 	(*MendRequest)(nil),           // 3: nsalloc.v1.MendRequest
 	(*MendResponse)(nil),          // 4: nsalloc.v1.MendResponse
-	(*timestamppb.Timestamp)(nil), // 5: google.protobuf.Timestamp
+	(*SetPolicyRequest)(nil),      // 5: nsalloc.v1.SetPolicyRequest
+	(*SetPolicyResponse)(nil),     // 6: nsalloc.v1.SetPolicyResponse
+	nil,                           // 7: nsalloc.v1.SetPolicyRequest.FieldsEntry
+	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
+	(*Pool)(nil),                  // 9: nsalloc.v1.Pool
 }
 var file_nsalloc_v1_records_proto_depIdxs = []int32{
 	2, // 0: nsalloc.v1.CheckResponse.findings:type_name -> nsalloc.v1.Finding
-	5, // 1: nsalloc.v1.MendResponse.at:type_name -> google.protobuf.Timestamp
-	0, // 2: nsalloc.v1.Records.Check:input_type -> nsalloc.v1.CheckRequest
-	3, // 3: nsalloc.v1.Records.Mend:input_type -> nsalloc.v1.MendRequest
-	1, // 4: nsalloc.v1.Records.Check:output_type -> nsalloc.v1.CheckResponse
-	4, // 5: nsalloc.v1.Records.Mend:output_type -> nsalloc.v1.MendResponse
-	4, // [4:6] is the sub-list for method output_type
-	2, // [2:4] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	8, // 1: nsalloc.v1.MendResponse.at:type_name -> google.protobuf.Timestamp
+	7, // 2: nsalloc.v1.SetPolicyRequest.fields:type_name -> nsalloc.v1.SetPolicyRequest.FieldsEntry
+	9, // 3: nsalloc.v1.SetPolicyResponse.pool:type_name -> nsalloc.v1.Pool
+	0, // 4: nsalloc.v1.Records.Check:input_type -> nsalloc.v1.CheckRequest
+	3, // 5: nsalloc.v1.Records.Mend:input_type -> nsalloc.v1.MendRequest
+	5, // 6: nsalloc.v1.Records.SetPolicy:input_type -> nsalloc.v1.SetPolicyRequest
+	1, // 7: nsalloc.v1.Records.Check:output_type -> nsalloc.v1.CheckResponse
+	4, // 8: nsalloc.v1.Records.Mend:output_type -> nsalloc.v1.MendResponse
+	6, // 9: nsalloc.v1.Records.SetPolicy:output_type -> nsalloc.v1.SetPolicyResponse
+	7, // [7:10] is the sub-list for method output_type
+	4, // [4:7] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_nsalloc_v1_records_proto_init() }
@@ -469,13 +589,14 @@ func file_nsalloc_v1_records_proto_init() {
 	if File_nsalloc_v1_records_proto != nil {
 		return
 	}
+	file_nsalloc_v1_types_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nsalloc_v1_records_proto_rawDesc), len(file_nsalloc_v1_records_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

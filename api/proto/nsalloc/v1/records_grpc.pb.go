@@ -19,16 +19,17 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Records_Check_FullMethodName = "/nsalloc.v1.Records/Check"
-	Records_Mend_FullMethodName  = "/nsalloc.v1.Records/Mend"
+	Records_Check_FullMethodName     = "/nsalloc.v1.Records/Check"
+	Records_Mend_FullMethodName      = "/nsalloc.v1.Records/Mend"
+	Records_SetPolicy_FullMethodName = "/nsalloc.v1.Records/SetPolicy"
 )
 
 // RecordsClient is the client API for Records service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Records looks at a pool's records as a whole, and mends what breaks a promise. It is for operators:
-// hosts may not call it.
+// Records looks at a pool's records as a whole, mends what breaks a promise, and sets the pool's policy. It is for
+// operators: hosts may not call it.
 type RecordsClient interface {
 	// Check reads every record of the pool at one revision of the store, and verifies the promises that
 	// records alone can show: P1 (no serial twice), P3 (one owner at a time), P6 (a checkpoint consumed at
@@ -75,6 +76,14 @@ type RecordsClient interface {
 	// still issue, and FORMAT_UNSUPPORTED when a newer version wrote the record, unless force is set;
 	// INVALID_ARGUMENT for a kind or an id that cannot be.
 	Mend(ctx context.Context, in *MendRequest, opts ...grpc.CallOption) (*MendResponse, error)
+	// SetPolicy sets fields of the pool's policy; those that it does not name stay. It works while the pool is
+	// recovering.
+	//
+	// Committed when it answers: the policy. What was decided by the one before stays as it is. The same request again
+	// sets the same values again, also where another one has changed them since: the last one counts.
+	// Errors: INVALID_ARGUMENT for a name that is of no field this server knows, and for a value that its field does
+	// not take; FORMAT_UNSUPPORTED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+	SetPolicy(ctx context.Context, in *SetPolicyRequest, opts ...grpc.CallOption) (*SetPolicyResponse, error)
 }
 
 type recordsClient struct {
@@ -105,12 +114,22 @@ func (c *recordsClient) Mend(ctx context.Context, in *MendRequest, opts ...grpc.
 	return out, nil
 }
 
+func (c *recordsClient) SetPolicy(ctx context.Context, in *SetPolicyRequest, opts ...grpc.CallOption) (*SetPolicyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SetPolicyResponse)
+	err := c.cc.Invoke(ctx, Records_SetPolicy_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // RecordsServer is the server API for Records service.
 // All implementations must embed UnimplementedRecordsServer
 // for forward compatibility.
 //
-// Records looks at a pool's records as a whole, and mends what breaks a promise. It is for operators:
-// hosts may not call it.
+// Records looks at a pool's records as a whole, mends what breaks a promise, and sets the pool's policy. It is for
+// operators: hosts may not call it.
 type RecordsServer interface {
 	// Check reads every record of the pool at one revision of the store, and verifies the promises that
 	// records alone can show: P1 (no serial twice), P3 (one owner at a time), P6 (a checkpoint consumed at
@@ -157,6 +176,14 @@ type RecordsServer interface {
 	// still issue, and FORMAT_UNSUPPORTED when a newer version wrote the record, unless force is set;
 	// INVALID_ARGUMENT for a kind or an id that cannot be.
 	Mend(context.Context, *MendRequest) (*MendResponse, error)
+	// SetPolicy sets fields of the pool's policy; those that it does not name stay. It works while the pool is
+	// recovering.
+	//
+	// Committed when it answers: the policy. What was decided by the one before stays as it is. The same request again
+	// sets the same values again, also where another one has changed them since: the last one counts.
+	// Errors: INVALID_ARGUMENT for a name that is of no field this server knows, and for a value that its field does
+	// not take; FORMAT_UNSUPPORTED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+	SetPolicy(context.Context, *SetPolicyRequest) (*SetPolicyResponse, error)
 	mustEmbedUnimplementedRecordsServer()
 }
 
@@ -172,6 +199,9 @@ func (UnimplementedRecordsServer) Check(context.Context, *CheckRequest) (*CheckR
 }
 func (UnimplementedRecordsServer) Mend(context.Context, *MendRequest) (*MendResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Mend not implemented")
+}
+func (UnimplementedRecordsServer) SetPolicy(context.Context, *SetPolicyRequest) (*SetPolicyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetPolicy not implemented")
 }
 func (UnimplementedRecordsServer) mustEmbedUnimplementedRecordsServer() {}
 func (UnimplementedRecordsServer) testEmbeddedByValue()                 {}
@@ -230,6 +260,24 @@ func _Records_Mend_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Records_SetPolicy_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetPolicyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RecordsServer).SetPolicy(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Records_SetPolicy_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RecordsServer).SetPolicy(ctx, req.(*SetPolicyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Records_ServiceDesc is the grpc.ServiceDesc for Records service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -244,6 +292,10 @@ var Records_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Mend",
 			Handler:    _Records_Mend_Handler,
+		},
+		{
+			MethodName: "SetPolicy",
+			Handler:    _Records_SetPolicy_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

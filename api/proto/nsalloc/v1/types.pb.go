@@ -1263,7 +1263,7 @@ func (x *Host) GetHello() *timestamppb.Timestamp {
 	return nil
 }
 
-// Policy says what a restore gets that is not the straight continuation of its sandbox.
+// Policy says what a restore gets that is not the straight continuation of its sandbox, and how much a host gets.
 type Policy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Images that are consumed, or a copy, while their sandbox lives: CLONE or REFUSE.
@@ -1271,7 +1271,9 @@ type Policy struct {
 	// The current copy of a sandbox that is over: RESUME, CLONE or REFUSE.
 	Over PolicyAction `protobuf:"varint,2,opt,name=over,proto3,enum=nsalloc.v1.PolicyAction" json:"over,omitempty"`
 	// Images without a manifest that the pool never heard of: ADOPT or REFUSE.
-	Unknown       PolicyAction `protobuf:"varint,3,opt,name=unknown,proto3,enum=nsalloc.v1.PolicyAction" json:"unknown,omitempty"`
+	Unknown PolicyAction `protobuf:"varint,3,opt,name=unknown,proto3,enum=nsalloc.v1.PolicyAction" json:"unknown,omitempty"`
+	// The most serials that one host is granted in 24 hours; 0 for no limit.
+	HostQuota     uint64 `protobuf:"varint,5,opt,name=host_quota,json=hostQuota,proto3" json:"host_quota,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1325,6 +1327,13 @@ func (x *Policy) GetUnknown() PolicyAction {
 		return x.Unknown
 	}
 	return PolicyAction_POLICY_ACTION_UNSPECIFIED
+}
+
+func (x *Policy) GetHostQuota() uint64 {
+	if x != nil {
+		return x.HostQuota
+	}
+	return 0
 }
 
 // Pool is the hosts among which containers migrate.
@@ -1488,11 +1497,13 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\x05hello\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05hello\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x98\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb7\x01\n" +
 	"\x06Policy\x12,\n" +
 	"\x04live\x18\x01 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\x04live\x12,\n" +
 	"\x04over\x18\x02 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\x04over\x122\n" +
-	"\aunknown\x18\x03 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\aunknown\"\xab\x01\n" +
+	"\aunknown\x18\x03 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\aunknown\x12\x1d\n" +
+	"\n" +
+	"host_quota\x18\x05 \x01(\x04R\thostQuota\"\xab\x01\n" +
 	"\x04Pool\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x1e\n" +
 	"\n" +
