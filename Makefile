@@ -27,7 +27,7 @@ STORE  := $(addsuffix /...,$(wildcard ./internal/etcd*))
 # command:package. What the test hosts need, internal/testhost installs by itself.
 NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables
 
-.PHONY: help build test demo deps lint generate check-generated unit store fuzz-short fuzz e2e kill-matrix faults mutants bench bench-deps bench-hooks clean
+.PHONY: help build test demo deps lint generate check-generated unit store fuzz-short fuzz e2e kill-matrix faults rollback mutants bench bench-deps bench-hooks clean
 .PHONY: $(COMMANDS)
 
 help: ## print this list
@@ -184,6 +184,10 @@ kill-matrix: ## kill server, agents and hook at every point, 362 cells (as root)
 # `make test` has ten seconds of it.
 faults: build ## 1,000 callers while servers and members of an etcd are killed, for a minute
 	@NSALLOC_FAULTS=$${NSALLOC_FAULTS:-60s} NSALLOC_BIN=$(CURDIR)/bin go test -count=1 -v -timeout 15m -run TestServersAndMembersKilled ./e2e
+
+# `make test` has one of the ways, with 20 sandboxes. NSALLOC_ROLLBACK is a regular expression that selects others.
+rollback: build ## put a pool's etcd back to a snapshot, in all ways, with 500 sandboxes (as root)
+	@NSALLOC_ROLLBACK=$${NSALLOC_ROLLBACK:-.} NSALLOC_BIN=$(CURDIR)/bin go test -count=1 -v -timeout 60m -run TestRollback ./e2e
 
 # BENCH is flags: `make bench BENCH='-rows ^nsalloc -rounds 2'`; with -out '' the page stays as it is.
 bench: nsalloc-server ## speed beside etcd, gRPC, Redis and PostgreSQL in the same run, into docs/bench

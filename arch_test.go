@@ -62,6 +62,8 @@ var reserved = []struct {
 		"all transactions are in one package, where their guards can be read side by side; what we measure ourselves against is apart"},
 	{"go.etcd.io/etcd/server/v3/...", []string{"internal/etcdembed/...", "e2e/..."}, true,
 		"etcd's server is a large dependency and writes global state; one package wraps it"},
+	{"go.etcd.io/etcd/etcdutl/v3/...", []string{"e2e/..."}, true,
+		"it writes an etcd's data from outside: only tests put an etcd back, what runs a pool never does"},
 }
 
 // nameless says nothing about what a package is for, so everything ends up in it.

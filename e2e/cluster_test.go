@@ -16,6 +16,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 
 	"github.com/nsalloc/nsalloc/pkg/client"
 )
@@ -25,9 +26,19 @@ type program struct {
 	name string
 	args []string
 	cmd  *exec.Cmd
+	stop context.CancelFunc
 	log  *safeLog
+	// command makes the command of args, which ends with its context.
+	command func(ctx context.Context, name string, args ...string) *exec.Cmd
 	// alive waits until it answers.
 	alive func(ctx context.Context) error
+}
+
+// onMachine is a command that runs here, and not for longer than this process.
+func onMachine(ctx context.Context, name string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return cmd
 }
 
 // safeLog keeps the end of what a process says.
@@ -56,74 +67,137 @@ func (l *safeLog) String() string {
 
 // start starts it and does not wait until it answers.
 func (p *program) start() error {
-	p.cmd = exec.Command(p.args[0], p.args[1:]...)
+	ctx, stop := context.WithCancel(context.Background())
+	p.cmd, p.stop = p.command(ctx, p.args[0], p.args[1:]...), stop
 	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return p.cmd.Start()
 }
 
 // kill ends it as a power cut does, and returns when it is gone.
 func (p *program) kill() {
-	_ = p.cmd.Process.Kill()
+	p.stop()
 	_ = p.cmd.Wait()
 }
 
 // cluster is an etcd with its data on disk, and two servers over it.
 type cluster struct {
 	t         testing.TB
+	o         clusterOptions
 	dir       string
+	etcd      string // the program
 	endpoints []string
 	members   []*program
 	servers   []*program
 }
 
+// clusterOptions say how many members an etcd has, and where all of it runs.
+type clusterOptions struct {
+	members int
+	// data is a directory of a member's data, "" for one of the test's own.
+	data string
+	// etcdArgs are more arguments for every member.
+	etcdArgs []string
+	// command is how programs are run, dial how the network is reached where they run; nil: on this machine.
+	command func(ctx context.Context, name string, args ...string) *exec.Cmd
+	dial    func(ctx context.Context, network, address string) (net.Conn, error)
+	// listen is where server i listens, besides its socket.
+	listen func(i int) []string
+}
+
 // newCluster starts one of so many members.
 func newCluster(t testing.TB, members int) *cluster {
 	t.Helper()
-	c := &cluster{t: t, dir: t.TempDir()}
-	etcd := filepath.Join(c.dir, "etcd")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", etcd, "./etcd")
+	return clusterOptions{members: members}.start(t)
+}
+
+func (o clusterOptions) start(t testing.TB) *cluster {
+	t.Helper()
+	if o.command == nil {
+		o.command, o.dial = onMachine, (&net.Dialer{}).DialContext
+	}
+	c := &cluster{t: t, o: o, dir: t.TempDir()}
+	c.etcd = filepath.Join(c.dir, "etcd")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", c.etcd, "./etcd")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build etcd: %v\n%s", err, out)
 	}
-	t.Cleanup(func() {
-		for _, p := range append(c.servers, c.members...) {
-			if p.cmd != nil && p.cmd.Process != nil {
-				p.kill()
-			}
-			if t.Failed() {
-				t.Logf("%s:\n%s", p.name, p.log)
-			}
+	t.Cleanup(c.close)
+	c.defineMembers()
+	c.begin(c.members...)
+	c.run("pool", "init", "--etcd", strings.Join(c.endpoints, ","))
+	c.defineServers()
+	c.begin(c.servers...)
+	return c
+}
+
+// close ends what runs, and shows what it said when the test has failed.
+func (c *cluster) close() {
+	for _, p := range append(c.servers, c.members...) {
+		if p.cmd != nil && p.cmd.Process != nil {
+			p.kill()
 		}
-	})
+		if c.t.Failed() {
+			c.t.Logf("%s:\n%s", p.name, p.log)
+		}
+	}
+}
+
+// run runs nsalloc, to its end, and returns what it says.
+func (c *cluster) run(args ...string) string {
+	c.t.Helper()
+	out, err := c.try(args...)
+	if err != nil {
+		c.t.Fatalf("nsalloc %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+func (c *cluster) try(args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
+	defer cancel()
+	out, err := c.o.command(ctx, filepath.Join(binaries, "nsalloc"), args...).CombinedOutput()
+	return string(out), err
+}
+
+// defineMembers says what the members of etcd are.
+func (c *cluster) defineMembers() {
+	c.t.Helper()
+	members := c.o.members
 	var initial []string
-	ports := freePorts(t, 2*members)
+	ports := freePorts(c.t, 2*members)
 	for i := range members {
 		initial = append(initial, fmt.Sprintf("m%d=http://127.0.0.1:%d", i, ports[2*i+1]))
 	}
 	for i := range members {
 		name, url, peer := fmt.Sprintf("m%d", i), fmt.Sprintf("http://127.0.0.1:%d", ports[2*i]), fmt.Sprintf("http://127.0.0.1:%d", ports[2*i+1])
 		c.endpoints = append(c.endpoints, url)
-		c.members = append(c.members, &program{name: name, log: new(safeLog), alive: c.answers(url), args: []string{etcd,
-			"--name", name, "--data-dir", filepath.Join(c.dir, name), "--log-level", "error",
+		data := c.o.data
+		if data == "" {
+			data = filepath.Join(c.dir, name)
+		}
+		c.members = append(c.members, &program{name: name, log: new(safeLog), command: c.o.command, alive: c.answers(url), args: append([]string{c.etcd,
+			"--name", name, "--data-dir", data, "--log-level", "error",
 			"--listen-client-urls", url, "--advertise-client-urls", url, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
 			"--initial-cluster", strings.Join(initial, ","), "--initial-cluster-token", "t", "--initial-cluster-state", "new",
 			"--heartbeat-interval", "50", "--election-timeout", "500",
-		}})
+		}, c.o.etcdArgs...)})
 	}
-	c.begin(c.members...)
-	if out, err := exec.CommandContext(t.Context(), filepath.Join(binaries, "nsalloc"), "pool", "init", "--etcd", strings.Join(c.endpoints, ",")).CombinedOutput(); err != nil {
-		t.Fatalf("pool init: %v\n%s", err, out)
-	}
+}
+
+// defineServers says what the servers are.
+func (c *cluster) defineServers() {
 	for i := range 2 {
-		socket := "unix://" + filepath.Join(c.dir, fmt.Sprintf("s%d.sock", i))
-		c.servers = append(c.servers, &program{name: fmt.Sprintf("s%d", i), log: new(safeLog), alive: c.serves(socket), args: []string{
-			filepath.Join(binaries, "nsalloc-server"), "--etcd", strings.Join(c.endpoints, ","), "--listen", socket,
-			"--data-dir", filepath.Join(c.dir, fmt.Sprintf("s%d", i))}})
+		args := []string{filepath.Join(binaries, "nsalloc-server"), "--etcd", strings.Join(c.endpoints, ","), "--listen", c.address(i),
+			"--data-dir", c.dataDir(i)}
+		if c.o.listen != nil {
+			args = append(args, "--insecure")
+			for _, address := range c.o.listen(i) {
+				args = append(args, "--listen", address)
+			}
+		}
+		c.servers = append(c.servers, &program{name: fmt.Sprintf("s%d", i), log: new(safeLog), command: c.o.command, alive: c.serves(c.address(i)), args: args})
 	}
-	c.begin(c.servers...)
-	return c
 }
 
 // begin starts programs and waits until each answers.
@@ -146,13 +220,20 @@ func (c *cluster) begin(ps ...*program) {
 // answers waits until a member of etcd answers a linearizable read.
 func (c *cluster) answers(url string) func(context.Context) error {
 	return func(ctx context.Context) error {
-		etcd, err := clientv3.New(clientv3.Config{Endpoints: []string{url}, Logger: zap.NewNop()})
+		etcd, err := c.client(url)
 		if err != nil {
 			return err
 		}
 		defer etcd.Close()
 		return until(ctx, func(ctx context.Context) error { _, err := etcd.Get(ctx, "x"); return err })
 	}
+}
+
+// client speaks to etcd itself.
+func (c *cluster) client(urls ...string) (*clientv3.Client, error) {
+	return clientv3.New(clientv3.Config{Endpoints: urls, Logger: zap.NewNop(), DialOptions: []grpc.DialOption{
+		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) { return c.o.dial(ctx, "tcp", address) }),
+	}})
 }
 
 // serves waits until a server answers from the store.
@@ -183,6 +264,9 @@ func until(ctx context.Context, try func(context.Context) error) error {
 		}
 	}
 }
+
+// dataDir is a server's.
+func (c *cluster) dataDir(i int) string { return filepath.Join(c.dir, fmt.Sprintf("s%d", i)) }
 
 // address is where a server listens.
 func (c *cluster) address(i int) string {

@@ -68,10 +68,17 @@ func needHosts(t *testing.T) {
 // newPool starts a pool; see needHosts.
 func newPool(t *testing.T, hosts ...string) *pool {
 	t.Helper()
+	return startPool(t, testpool.Options{Hosts: hosts})
+}
+
+// startPool is newPool of more than hosts.
+func startPool(t *testing.T, o testpool.Options) *pool {
+	t.Helper()
 	needHosts(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute) // a cold cache builds the root file system
 	defer cancel()
-	p, err := testpool.Start(ctx, testpool.Options{Bin: binaries, Hosts: hosts, Log: io.Discard})
+	o.Bin, o.Log = binaries, io.Discard
+	p, err := testpool.Start(ctx, o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -54,14 +54,20 @@ func (p *pool) spawn(host string, n int) (b *births, done <-chan struct{}) {
 	}()
 	p.t.Cleanup(func() {
 		<-over
-		for _, c := range b.cmds {
-			_ = c.Process.Kill()
-		}
-		for _, c := range b.cmds {
-			_ = c.Wait()
-		}
+		b.end()
 	})
 	return b, over
+}
+
+// end ends the processes, when all were started.
+func (b *births) end() {
+	for _, c := range b.cmds {
+		_ = c.Process.Kill()
+	}
+	for _, c := range b.cmds {
+		_ = c.Wait()
+	}
+	b.cmds = nil
 }
 
 // seenSerials is what a host's agent said of each namespace, by kernel id.

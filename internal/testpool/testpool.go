@@ -53,6 +53,9 @@ type Options struct {
 	AgentArgs []string
 	// Killpoints says that the binaries have the build tag killpoints: Killpoints then names directories.
 	Killpoints bool
+	// Servers, if it is set, starts the pool's servers, which are its own then, once there are hosts: in the
+	// pool's network, one of them at ServerAddr. It returns where they listen; the hosts' agents use them in turn.
+	Servers func(ctx context.Context, p *Pool) (addresses []string, err error)
 }
 
 // Pool is a running pool. It is safe for concurrent use.
@@ -95,11 +98,17 @@ func Start(ctx context.Context, o Options) (*Pool, error) {
 	if err != nil {
 		return fail(err)
 	}
-	if err := p.StartServer(ctx); err != nil {
+	servers := []string{p.ServerAddr()}
+	if o.Servers == nil {
+		err = p.StartServer(ctx)
+	} else {
+		servers, err = o.Servers(ctx, p)
+	}
+	if err != nil {
 		return fail(err)
 	}
-	for _, h := range hosts.Hosts() {
-		if err := p.Install(ctx, h); err != nil {
+	for i, h := range hosts.Hosts() {
+		if err := p.install(ctx, h, servers[i%len(servers)]); err != nil {
 			return fail(err)
 		}
 		if err := p.StartAgent(ctx, h.Name()); err != nil {
@@ -122,6 +131,10 @@ func (p *Pool) Client() *client.Client { return p.client }
 // Install puts the binaries and their configuration on a host, and the hook into CRIU's, by the
 // operator's own command.
 func (p *Pool) Install(ctx context.Context, h *testhost.Host) error {
+	return p.install(ctx, h, p.ServerAddr())
+}
+
+func (p *Pool) install(ctx context.Context, h *testhost.Host, server string) error {
 	for _, name := range []string{"nsalloc", "nsalloc-agent", "nsalloc-hook"} {
 		if err := h.CopyIn(filepath.Join(p.o.Bin, name), filepath.Join(binDir, name), 0o755); err != nil {
 			return fmt.Errorf("install %s: %w; build the binaries first: make build", name, err)
@@ -130,7 +143,7 @@ func (p *Pool) Install(ctx context.Context, h *testhost.Host) error {
 	if err := h.MkdirAll("/etc/nsalloc", 0o755); err != nil {
 		return err
 	}
-	conf := fmt.Sprintf("host: %s\nserver: %s\ninsecure: true\n", h.Name(), p.ServerAddr())
+	conf := fmt.Sprintf("host: %s\nserver: %s\ninsecure: true\n", h.Name(), server)
 	if err := h.WriteFile("/etc/nsalloc/agent.yaml", []byte(conf), 0o644); err != nil {
 		return err
 	}
