@@ -85,6 +85,7 @@ func (c *cli) printPool(d poolDoc, l *alloc.Level) error {
 	f.add("Policy", fmt.Sprintf("a second restore of a live sandbox: %s", d.Policy.Live))
 	f.add("", fmt.Sprintf("a copy of a sandbox that is over: %s", d.Policy.Over))
 	f.add("", fmt.Sprintf("images that nobody knows: %s", d.Policy.Unknown))
+	f.add("", fmt.Sprintf("a server that does not hear what another one has seen: %s", d.Policy.UnheardWitness))
 	f.add("", "serials for one host in 24 hours: "+quotaText(d.Policy.HostQuota))
 	return c.print(answer{doc: d, names: []string{d.UUID}, lines: c.fieldText(f)})
 }

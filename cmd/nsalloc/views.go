@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"slices"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
@@ -124,13 +125,15 @@ type policyDoc struct {
 	Live    string `json:"live"`
 	Over    string `json:"over"`
 	Unknown string `json:"unknown"`
+	// UnheardWitness is new-generation or wait.
+	UnheardWitness string `json:"unheard_witness"`
 	// HostQuota is the most serials that a host is granted in 24 hours; 0 for no limit.
 	HostQuota uint64 `json:"host_quota"`
 }
 
 func policyView(p alloc.Policy) policyDoc {
 	quota, _ := p.Quota()
-	return policyDoc{Live: string(p.Live), Over: string(p.Over), Unknown: string(p.Unknown), HostQuota: quota}
+	return policyDoc{Live: string(p.Live), Over: string(p.Over), Unknown: string(p.Unknown), UnheardWitness: string(cmp.Or(p.UnheardWitness, alloc.UnheardNewGeneration)), HostQuota: quota}
 }
 
 // serialText is a serial, or nothing for "none".

@@ -25,6 +25,7 @@ func sizeOf(req *pb.TxnRequest) int { return proto.Size(req) }
 var words = map[reflect.Type][]string{
 	reflect.TypeFor[alloc.PoolState]():       wordsOf(poolStates),
 	reflect.TypeFor[alloc.Action]():          wordsOf(actions),
+	reflect.TypeFor[alloc.Unheard]():         wordsOf(unheards),
 	reflect.TypeFor[alloc.SandboxState]():    wordsOf(sandboxStates),
 	reflect.TypeFor[alloc.CheckpointState](): wordsOf(checkpointStates),
 	reflect.TypeFor[alloc.NamespaceType]():   wordsOf(namespaceTypes),
@@ -221,6 +222,7 @@ func TestEnumsAreComplete(t *testing.T) {
 	for name, n := range map[string]struct{ known, all int }{
 		"pool state":       {len(poolStates.stored), len(storepb.PoolState_name) - 1},
 		"action":           {len(actions.stored), len(storepb.Action_name) - 1},
+		"unheard witness":  {len(unheards.stored), len(storepb.UnheardWitness_name)}, // unspecified is a word: before there was a choice
 		"sandbox state":    {len(sandboxStates.stored), len(storepb.SandboxState_name) - 1},
 		"checkpoint state": {len(checkpointStates.stored), len(storepb.CheckpointState_name) - 1},
 		"namespace type":   {len(namespaceTypes.stored), len(storepb.NamespaceType_name) - 1},

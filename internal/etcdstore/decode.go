@@ -227,7 +227,8 @@ func (d *decoder) record(m proto.Message) alloc.Record {
 	case *storepb.Counter:
 		return &alloc.Counter{Generation: d.generation(m.Generation), Next: m.Next, Nonce: m.Nonce, Extra: unknown(m)}
 	case *storepb.Server:
-		return &alloc.Server{Name: m.Name, Incarnation: m.Incarnation, Nonce: m.Nonce, Started: d.time(m.Started), Extra: unknown(m)}
+		return &alloc.Server{Name: m.Name, Incarnation: m.Incarnation, Nonce: m.Nonce, Started: d.time(m.Started),
+			Address: m.Address, Asked: m.Asked, Removed: m.Removed, Extra: unknown(m)}
 	case *storepb.Slot:
 		return &alloc.Slot{Server: m.Server, Life: m.Life, N: int(m.N), Writes: m.Writes, Nonce: m.Nonce, Extra: unknown(m)}
 	case *storepb.Lane:
@@ -272,9 +273,10 @@ func (d *decoder) pool(m *storepb.Pool) *alloc.Pool {
 			Over:    domain(d, actions, m.Policy.GetOver()),
 			Unknown: domain(d, actions, m.Policy.GetUnknown()),
 
-			HostQuota: m.Policy.GetHostQuota(),
+			HostQuota:      m.Policy.GetHostQuota(),
+			UnheardWitness: domain(d, unheards, m.Policy.GetUnheardWitness()),
 		},
-		Format: int(m.Format), Nonce: m.Nonce, Target: d.target(m.Target), PolicyExtra: unknown(m.Policy), Extra: unknown(m),
+		Format: int(m.Format), Nonce: m.Nonce, Target: d.target(m.Target), Raised: d.time(m.Raised), Created: d.time(m.Created), PolicyExtra: unknown(m.Policy), Extra: unknown(m),
 	}
 }
 

@@ -79,7 +79,8 @@ func (e *encoder) record(rec alloc.Record) proto.Message {
 	case *alloc.Counter:
 		return extra(&storepb.Counter{Generation: uint32(r.Generation), Next: r.Next, Nonce: r.Nonce}, r.Extra)
 	case *alloc.Server:
-		return extra(&storepb.Server{Name: r.Name, Incarnation: r.Incarnation, Nonce: r.Nonce, Started: e.time(r.Started)}, r.Extra)
+		return extra(&storepb.Server{Name: r.Name, Incarnation: r.Incarnation, Nonce: r.Nonce, Started: e.time(r.Started),
+			Address: r.Address, Asked: r.Asked, Removed: r.Removed}, r.Extra)
 	case *alloc.Slot:
 		if r.N < 0 || int64(r.N) > int64(^uint32(0)) {
 			e.fail("slot %d is out of range", r.N)
@@ -127,9 +128,10 @@ func (e *encoder) pool(p *alloc.Pool) proto.Message {
 			Over:    stored(e, actions, p.Policy.Over),
 			Unknown: stored(e, actions, p.Policy.Unknown),
 
-			HostQuota: p.Policy.HostQuota,
+			HostQuota:      p.Policy.HostQuota,
+			UnheardWitness: stored(e, unheards, p.Policy.UnheardWitness),
 		}, p.PolicyExtra),
-		Format: uint32(p.Format), Nonce: p.Nonce, Target: uint32(p.Target),
+		Format: uint32(p.Format), Nonce: p.Nonce, Target: uint32(p.Target), Raised: e.time(p.Raised), Created: e.time(p.Created),
 	}, p.Extra)
 }
 

@@ -32,6 +32,11 @@ var (
 		storepb.Action_ACTION_ADOPT:  alloc.PolicyAdopt,
 		storepb.Action_ACTION_REFUSE: alloc.PolicyRefuse,
 	})
+	unheards = newEnum("answer to an unheard witness", map[storepb.UnheardWitness]alloc.Unheard{
+		storepb.UnheardWitness_UNHEARD_WITNESS_UNSPECIFIED:    "", // before there was a choice
+		storepb.UnheardWitness_UNHEARD_WITNESS_NEW_GENERATION: alloc.UnheardNewGeneration,
+		storepb.UnheardWitness_UNHEARD_WITNESS_WAIT:           alloc.UnheardWait,
+	})
 	sandboxStates = newEnum("sandbox state", map[storepb.SandboxState]alloc.SandboxState{
 		storepb.SandboxState_SANDBOX_STATE_RUNNING:    alloc.StateRunning,
 		storepb.SandboxState_SANDBOX_STATE_DUMPED:     alloc.StateDumped,

@@ -6,7 +6,7 @@
 //
 // There is plain text only, on unix sockets and on loopback, where the machine's administrator decides
 // who gets through; anywhere else only with Insecure. There a host says its name in the metadata
-// nsalloc-host, and is believed; who says none is the local operator. Certificates will answer the same
+// nsalloc-host, a server in nsalloc-server, and is believed; who says none is the local operator. Certificates will answer the same
 // question in Identify, and nothing else changes.
 //
 // # What is allowed
@@ -26,8 +26,12 @@ import (
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
-// hostMetadata is where a host says its name on a plain-text connection (client.HostMetadata).
-const hostMetadata = "nsalloc-host"
+// hostMetadata and serverMetadata are where a host and a server say their name on a plain-text connection
+// (client.HostMetadata, client.ServerMetadata).
+const (
+	hostMetadata   = "nsalloc-host"
+	serverMetadata = "nsalloc-server"
+)
 
 // Kind is what a caller is.
 type Kind string
@@ -37,6 +41,7 @@ const (
 	Host     Kind = "host"     // an agent, in the name of its host
 	Client   Kind = "client"   // a program that allocates and reads
 	Operator Kind = "operator" // a person, or what acts for one
+	Server   Kind = "server"   // another server of the pool, which asks what this one has seen
 )
 
 // Caller is who made a call.
@@ -67,17 +72,22 @@ func (r Rules) Identify(ctx context.Context) (Caller, error) {
 		return Caller{}, refuse("caller", fmt.Sprintf("plain text from %s is not believed", p.Addr), "connect from this machine, or start the server with --insecure")
 	}
 	md, _ := metadata.FromIncomingContext(ctx)
-	switch names := md.Get(hostMetadata); len(names) {
-	case 0:
-		return local, nil
-	case 1:
-		if err := alloc.ValidateName("host name", names[0]); err != nil {
-			return Caller{}, refuse("caller", err.Error(), "")
+	said := local
+	for key, kind := range map[string]Kind{hostMetadata: Host, serverMetadata: Server} {
+		switch names := md.Get(key); {
+		case len(names) == 0:
+		case len(names) > 1:
+			return Caller{}, refuse("caller", fmt.Sprintf("it says %d %s names in the metadata %s", len(names), kind, key), "say one")
+		case said != local:
+			return Caller{}, refuse("caller", fmt.Sprintf("it says the name of a host and of a server, in the metadata %s and %s", hostMetadata, serverMetadata), "say one")
+		default:
+			if err := alloc.ValidateName(string(kind)+" name", names[0]); err != nil {
+				return Caller{}, refuse("caller", err.Error(), "")
+			}
+			said = Caller{Kind: kind, Name: names[0]}
 		}
-		return Caller{Kind: Host, Name: names[0]}, nil
-	default:
-		return Caller{}, refuse("caller", fmt.Sprintf("it says %d host names in the metadata %s", len(names), hostMetadata), "say one")
 	}
+	return said, nil
 }
 
 func sameMachine(addr net.Addr) bool {

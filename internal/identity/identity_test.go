@@ -66,13 +66,13 @@ func TestCheck(t *testing.T) {
 	}
 	free := []string{
 		"Allocator/Allocate", "Allocator/GetPool", "Sandboxes/Get", "Sandboxes/List", "Sandboxes/History",
-		"Handoff/Find", "Handoff/ListCheckpoints", "Hosts/Get", "Hosts/List",
+		"Handoff/Find", "Handoff/ListCheckpoints", "Hosts/Get", "Hosts/List", "Servers/List",
 	}
 	for kind, allowed := range map[Kind][]string{
 		Host:     append(append([]string{}, mutations...), free...),
 		Client:   free,
-		Operator: append([]string{"Records/Check", "Records/Mend", "Records/SetPolicy"}, free...),
-		"server": nil,
+		Operator: append([]string{"Records/Check", "Records/Mend", "Records/SetPolicy", "Servers/Remove"}, free...),
+		Server:   {"Servers/Witness"},
 		"":       nil,
 	} {
 		may := map[string]bool{}

@@ -9,6 +9,7 @@ var (
 	hosts    = []Kind{Host}
 	everyone = []Kind{Host, Client, Operator}
 	operator = []Kind{Operator}
+	servers  = []Kind{Server}
 )
 
 // permissions is the whole table of who may call what.
@@ -39,6 +40,10 @@ var permissions = map[string][]Kind{
 	"/nsalloc.v1.Records/Check":     operator,
 	"/nsalloc.v1.Records/Mend":      operator,
 	"/nsalloc.v1.Records/SetPolicy": operator,
+
+	"/nsalloc.v1.Servers/Witness": servers,
+	"/nsalloc.v1.Servers/List":    everyone,
+	"/nsalloc.v1.Servers/Remove":  operator,
 
 	"/grpc.health.v1.Health/Check": everyone,
 	"/grpc.health.v1.Health/List":  everyone,

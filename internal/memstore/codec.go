@@ -56,6 +56,7 @@ func validKey(k alloc.Key) error {
 var words = map[reflect.Type][]string{
 	reflect.TypeFor[alloc.PoolState]():       {"open", "recovering"},
 	reflect.TypeFor[alloc.Action]():          {"clone", "resume", "adopt", "refuse"},
+	reflect.TypeFor[alloc.Unheard]():         {"", "new-generation", "wait"},
 	reflect.TypeFor[alloc.SandboxState]():    {"running", "dumped", "in_transit", "claimed", "ended"},
 	reflect.TypeFor[alloc.CheckpointState](): {"open", "copy", "void", "consumed"},
 	reflect.TypeFor[alloc.NamespaceType]():   {"mnt", "uts", "ipc", "pid", "net", "cgroup", "user", "time"},

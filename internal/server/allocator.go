@@ -49,5 +49,9 @@ func (s allocator) GetPool(ctx context.Context, _ *nsallocv1.GetPoolRequest) (*n
 	if err != nil {
 		return nil, err
 	}
-	return &nsallocv1.GetPoolResponse{Pool: wire.PoolToWire(pool), Revision: int64(rev), Unreadable: unreadable, Level: level}, nil
+	resp := &nsallocv1.GetPoolResponse{Pool: wire.PoolToWire(pool), Revision: int64(rev), Unreadable: unreadable, Level: level}
+	if s.cfg.Witness != nil {
+		resp.Standing = wire.StandingToWire(s.cfg.Witness.Standing())
+	}
+	return resp, nil
 }

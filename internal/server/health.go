@@ -22,6 +22,7 @@ var services = []string{
 	nsallocv1.Handoff_ServiceDesc.ServiceName,
 	nsallocv1.Hosts_ServiceDesc.ServiceName,
 	nsallocv1.Records_ServiceDesc.ServiceName,
+	nsallocv1.Servers_ServiceDesc.ServiceName,
 }
 
 func (s *Server) setHealth(status healthv1.HealthCheckResponse_ServingStatus) {

@@ -16,6 +16,7 @@ var readOnly = []string{
 	"Hosts/Get", "Hosts/List",
 	"Records/Check",
 	"Sandboxes/Get", "Sandboxes/History", "Sandboxes/List",
+	"Servers/List", "Servers/Witness",
 }
 
 // TestEveryWriteHasPoints: every method that a server offers, read from the server itself, reads or can be

@@ -63,6 +63,8 @@ const (
 // Config is what a server needs. Store is all that it cannot do without.
 type Config struct {
 	Store alloc.Store
+	// Witness is what this server has seen of Store; nil for none.
+	Witness Witness
 	// Insecure believes host names in plain text from other machines.
 	Insecure bool
 	// Logger is slog.Default when nil.
@@ -129,6 +131,7 @@ func New(cfg Config) *Server {
 	nsallocv1.RegisterHandoffServer(s.grpc, handoff{Server: s})
 	nsallocv1.RegisterHostsServer(s.grpc, hosts{Server: s})
 	nsallocv1.RegisterRecordsServer(s.grpc, records{Server: s})
+	nsallocv1.RegisterServersServer(s.grpc, servers{Server: s})
 	s.health = health.NewServer()
 	s.setHealth(healthv1.HealthCheckResponse_NOT_SERVING)
 	healthv1.RegisterHealthServer(s.grpc, s.health)

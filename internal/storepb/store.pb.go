@@ -148,6 +148,59 @@ func (Action) EnumDescriptor() ([]byte, []int) {
 	return file_store_proto_rawDescGZIP(), []int{1}
 }
 
+// UnheardWitness says what a server does that does not hear another one's witness.
+type UnheardWitness int32
+
+const (
+	// A new generation: what pools have that were made before there was a choice.
+	UnheardWitness_UNHEARD_WITNESS_UNSPECIFIED UnheardWitness = 0
+	// It takes a new generation before it issues.
+	UnheardWitness_UNHEARD_WITNESS_NEW_GENERATION UnheardWitness = 1
+	// It issues nothing until the other one is heard, or removed.
+	UnheardWitness_UNHEARD_WITNESS_WAIT UnheardWitness = 2
+)
+
+// Enum value maps for UnheardWitness.
+var (
+	UnheardWitness_name = map[int32]string{
+		0: "UNHEARD_WITNESS_UNSPECIFIED",
+		1: "UNHEARD_WITNESS_NEW_GENERATION",
+		2: "UNHEARD_WITNESS_WAIT",
+	}
+	UnheardWitness_value = map[string]int32{
+		"UNHEARD_WITNESS_UNSPECIFIED":    0,
+		"UNHEARD_WITNESS_NEW_GENERATION": 1,
+		"UNHEARD_WITNESS_WAIT":           2,
+	}
+)
+
+func (x UnheardWitness) Enum() *UnheardWitness {
+	p := new(UnheardWitness)
+	*p = x
+	return p
+}
+
+func (x UnheardWitness) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (UnheardWitness) Descriptor() protoreflect.EnumDescriptor {
+	return file_store_proto_enumTypes[2].Descriptor()
+}
+
+func (UnheardWitness) Type() protoreflect.EnumType {
+	return &file_store_proto_enumTypes[2]
+}
+
+func (x UnheardWitness) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use UnheardWitness.Descriptor instead.
+func (UnheardWitness) EnumDescriptor() ([]byte, []int) {
+	return file_store_proto_rawDescGZIP(), []int{2}
+}
+
 // SandboxState says where a sandbox is in its life.
 type SandboxState int32
 
@@ -197,11 +250,11 @@ func (x SandboxState) String() string {
 }
 
 func (SandboxState) Descriptor() protoreflect.EnumDescriptor {
-	return file_store_proto_enumTypes[2].Descriptor()
+	return file_store_proto_enumTypes[3].Descriptor()
 }
 
 func (SandboxState) Type() protoreflect.EnumType {
-	return &file_store_proto_enumTypes[2]
+	return &file_store_proto_enumTypes[3]
 }
 
 func (x SandboxState) Number() protoreflect.EnumNumber {
@@ -210,7 +263,7 @@ func (x SandboxState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use SandboxState.Descriptor instead.
 func (SandboxState) EnumDescriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{2}
+	return file_store_proto_rawDescGZIP(), []int{3}
 }
 
 // CheckpointState says what may be done with the images of one dump.
@@ -258,11 +311,11 @@ func (x CheckpointState) String() string {
 }
 
 func (CheckpointState) Descriptor() protoreflect.EnumDescriptor {
-	return file_store_proto_enumTypes[3].Descriptor()
+	return file_store_proto_enumTypes[4].Descriptor()
 }
 
 func (CheckpointState) Type() protoreflect.EnumType {
-	return &file_store_proto_enumTypes[3]
+	return &file_store_proto_enumTypes[4]
 }
 
 func (x CheckpointState) Number() protoreflect.EnumNumber {
@@ -271,7 +324,7 @@ func (x CheckpointState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CheckpointState.Descriptor instead.
 func (CheckpointState) EnumDescriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{3}
+	return file_store_proto_rawDescGZIP(), []int{4}
 }
 
 // NamespaceType is one of the kernel's namespace types.
@@ -335,11 +388,11 @@ func (x NamespaceType) String() string {
 }
 
 func (NamespaceType) Descriptor() protoreflect.EnumDescriptor {
-	return file_store_proto_enumTypes[4].Descriptor()
+	return file_store_proto_enumTypes[5].Descriptor()
 }
 
 func (NamespaceType) Type() protoreflect.EnumType {
-	return &file_store_proto_enumTypes[4]
+	return &file_store_proto_enumTypes[5]
 }
 
 func (x NamespaceType) Number() protoreflect.EnumNumber {
@@ -348,7 +401,7 @@ func (x NamespaceType) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NamespaceType.Descriptor instead.
 func (NamespaceType) EnumDescriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{4}
+	return file_store_proto_rawDescGZIP(), []int{5}
 }
 
 // StintBegan is the event that began a stint.
@@ -392,11 +445,11 @@ func (x StintBegan) String() string {
 }
 
 func (StintBegan) Descriptor() protoreflect.EnumDescriptor {
-	return file_store_proto_enumTypes[5].Descriptor()
+	return file_store_proto_enumTypes[6].Descriptor()
 }
 
 func (StintBegan) Type() protoreflect.EnumType {
-	return &file_store_proto_enumTypes[5]
+	return &file_store_proto_enumTypes[6]
 }
 
 func (x StintBegan) Number() protoreflect.EnumNumber {
@@ -405,7 +458,7 @@ func (x StintBegan) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use StintBegan.Descriptor instead.
 func (StintBegan) EnumDescriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{5}
+	return file_store_proto_rawDescGZIP(), []int{6}
 }
 
 // StintOver is the event that a stint was over by.
@@ -457,11 +510,11 @@ func (x StintOver) String() string {
 }
 
 func (StintOver) Descriptor() protoreflect.EnumDescriptor {
-	return file_store_proto_enumTypes[6].Descriptor()
+	return file_store_proto_enumTypes[7].Descriptor()
 }
 
 func (StintOver) Type() protoreflect.EnumType {
-	return &file_store_proto_enumTypes[6]
+	return &file_store_proto_enumTypes[7]
 }
 
 func (x StintOver) Number() protoreflect.EnumNumber {
@@ -470,7 +523,7 @@ func (x StintOver) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use StintOver.Descriptor instead.
 func (StintOver) EnumDescriptor() ([]byte, []int) {
-	return file_store_proto_rawDescGZIP(), []int{6}
+	return file_store_proto_rawDescGZIP(), []int{7}
 }
 
 // Pool is the record of the pool itself, under the key pool.
@@ -489,7 +542,11 @@ type Pool struct {
 	// Random, drawn anew with every generation.
 	Nonce string `protobuf:"bytes,6,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	// While it is recovering, the least generation in which it may open again; 0 for the next one.
-	Target        uint32 `protobuf:"varint,7,opt,name=target,proto3" json:"target,omitempty"`
+	Target uint32 `protobuf:"varint,7,opt,name=target,proto3" json:"target,omitempty"`
+	// When a server last raised the generation by itself, by its clock; unset while none has.
+	Raised *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=raised,proto3" json:"raised,omitempty"`
+	// When the pool was created, by the clock of who did.
+	Created       *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=created,proto3" json:"created,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -573,6 +630,20 @@ func (x *Pool) GetTarget() uint32 {
 	return 0
 }
 
+func (x *Pool) GetRaised() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Raised
+	}
+	return nil
+}
+
+func (x *Pool) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
 // Policy says what a restore gets when it is not the straight continuation of its sandbox.
 type Policy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -582,6 +653,8 @@ type Policy struct {
 	Over Action `protobuf:"varint,2,opt,name=over,proto3,enum=nsalloc.store.v1.Action" json:"over,omitempty"`
 	// For images without a manifest that the pool never heard of.
 	Unknown Action `protobuf:"varint,3,opt,name=unknown,proto3,enum=nsalloc.store.v1.Action" json:"unknown,omitempty"`
+	// For a server that does not hear another one's witness.
+	UnheardWitness UnheardWitness `protobuf:"varint,4,opt,name=unheard_witness,json=unheardWitness,proto3,enum=nsalloc.store.v1.UnheardWitness" json:"unheard_witness,omitempty"`
 	// The most serials that one host is granted in 24 hours, 2^64-1 for no limit; 0 for the default of whoever reads it.
 	HostQuota     uint64 `protobuf:"varint,5,opt,name=host_quota,json=hostQuota,proto3" json:"host_quota,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -637,6 +710,13 @@ func (x *Policy) GetUnknown() Action {
 		return x.Unknown
 	}
 	return Action_ACTION_UNSPECIFIED
+}
+
+func (x *Policy) GetUnheardWitness() UnheardWitness {
+	if x != nil {
+		return x.UnheardWitness
+	}
+	return UnheardWitness_UNHEARD_WITNESS_UNSPECIFIED
 }
 
 func (x *Policy) GetHostQuota() uint64 {
@@ -720,7 +800,13 @@ type Server struct {
 	// Random, drawn anew with every life.
 	Nonce string `protobuf:"bytes,3,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	// When this life began, by the server's clock.
-	Started       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=started,proto3" json:"started,omitempty"`
+	Started *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=started,proto3" json:"started,omitempty"`
+	// Where other servers reach it; empty from servers that they cannot ask.
+	Address string `protobuf:"bytes,5,opt,name=address,proto3" json:"address,omitempty"`
+	// Random, drawn anew each time that it asks the others: they read it in their store before they answer.
+	Asked string `protobuf:"bytes,6,opt,name=asked,proto3" json:"asked,omitempty"`
+	// The lives up to this one are removed: the others do not ask them any more.
+	Removed       uint64 `protobuf:"varint,7,opt,name=removed,proto3" json:"removed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -781,6 +867,27 @@ func (x *Server) GetStarted() *timestamppb.Timestamp {
 		return x.Started
 	}
 	return nil
+}
+
+func (x *Server) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Server) GetAsked() string {
+	if x != nil {
+		return x.Asked
+	}
+	return ""
+}
+
+func (x *Server) GetRemoved() uint64 {
+	if x != nil {
+		return x.Removed
+	}
+	return 0
 }
 
 // Slot is a place that the writes of one life of a server go through, under _slot/NAME/LIFE/N.
@@ -2150,7 +2257,7 @@ var File_store_proto protoreflect.FileDescriptor
 
 const file_store_proto_rawDesc = "" +
 	"\n" +
-	"\vstore.proto\x12\x10nsalloc.store.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe5\x01\n" +
+	"\vstore.proto\x12\x10nsalloc.store.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x02\n" +
 	"\x04Pool\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x1e\n" +
 	"\n" +
@@ -2160,11 +2267,15 @@ const file_store_proto_rawDesc = "" +
 	"\x06policy\x18\x04 \x01(\v2\x18.nsalloc.store.v1.PolicyR\x06policy\x12\x16\n" +
 	"\x06format\x18\x05 \x01(\rR\x06format\x12\x14\n" +
 	"\x05nonce\x18\x06 \x01(\tR\x05nonce\x12\x16\n" +
-	"\x06target\x18\a \x01(\rR\x06target\"\xb7\x01\n" +
+	"\x06target\x18\a \x01(\rR\x06target\x122\n" +
+	"\x06raised\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x06raised\x124\n" +
+	"\acreated\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"\x82\x02\n" +
 	"\x06Policy\x12,\n" +
 	"\x04live\x18\x01 \x01(\x0e2\x18.nsalloc.store.v1.ActionR\x04live\x12,\n" +
 	"\x04over\x18\x02 \x01(\x0e2\x18.nsalloc.store.v1.ActionR\x04over\x122\n" +
-	"\aunknown\x18\x03 \x01(\x0e2\x18.nsalloc.store.v1.ActionR\aunknown\x12\x1d\n" +
+	"\aunknown\x18\x03 \x01(\x0e2\x18.nsalloc.store.v1.ActionR\aunknown\x12I\n" +
+	"\x0funheard_witness\x18\x04 \x01(\x0e2 .nsalloc.store.v1.UnheardWitnessR\x0eunheardWitness\x12\x1d\n" +
 	"\n" +
 	"host_quota\x18\x05 \x01(\x04R\thostQuota\"S\n" +
 	"\aCounter\x12\x1e\n" +
@@ -2172,12 +2283,15 @@ const file_store_proto_rawDesc = "" +
 	"generation\x18\x01 \x01(\rR\n" +
 	"generation\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\x06R\x04next\x12\x14\n" +
-	"\x05nonce\x18\x03 \x01(\tR\x05nonce\"\x8a\x01\n" +
+	"\x05nonce\x18\x03 \x01(\tR\x05nonce\"\xd4\x01\n" +
 	"\x06Server\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x14\n" +
 	"\x05nonce\x18\x03 \x01(\tR\x05nonce\x124\n" +
-	"\astarted\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\"n\n" +
+	"\astarted\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12\x18\n" +
+	"\aaddress\x18\x05 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05asked\x18\x06 \x01(\tR\x05asked\x12\x18\n" +
+	"\aremoved\x18\a \x01(\x04R\aremoved\"n\n" +
 	"\x04Slot\x12\x16\n" +
 	"\x06server\x18\x01 \x01(\tR\x06server\x12\x12\n" +
 	"\x04life\x18\x02 \x01(\tR\x04life\x12\f\n" +
@@ -2303,7 +2417,11 @@ const file_store_proto_rawDesc = "" +
 	"\fACTION_CLONE\x10\x01\x12\x11\n" +
 	"\rACTION_RESUME\x10\x02\x12\x10\n" +
 	"\fACTION_ADOPT\x10\x03\x12\x11\n" +
-	"\rACTION_REFUSE\x10\x04*\xb4\x01\n" +
+	"\rACTION_REFUSE\x10\x04*o\n" +
+	"\x0eUnheardWitness\x12\x1f\n" +
+	"\x1bUNHEARD_WITNESS_UNSPECIFIED\x10\x00\x12\"\n" +
+	"\x1eUNHEARD_WITNESS_NEW_GENERATION\x10\x01\x12\x18\n" +
+	"\x14UNHEARD_WITNESS_WAIT\x10\x02*\xb4\x01\n" +
 	"\fSandboxState\x12\x1d\n" +
 	"\x19SANDBOX_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15SANDBOX_STATE_RUNNING\x10\x01\x12\x18\n" +
@@ -2353,84 +2471,88 @@ func file_store_proto_rawDescGZIP() []byte {
 	return file_store_proto_rawDescData
 }
 
-var file_store_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_store_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
 var file_store_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_store_proto_goTypes = []any{
 	(PoolState)(0),                // 0: nsalloc.store.v1.PoolState
 	(Action)(0),                   // 1: nsalloc.store.v1.Action
-	(SandboxState)(0),             // 2: nsalloc.store.v1.SandboxState
-	(CheckpointState)(0),          // 3: nsalloc.store.v1.CheckpointState
-	(NamespaceType)(0),            // 4: nsalloc.store.v1.NamespaceType
-	(StintBegan)(0),               // 5: nsalloc.store.v1.StintBegan
-	(StintOver)(0),                // 6: nsalloc.store.v1.StintOver
-	(*Pool)(nil),                  // 7: nsalloc.store.v1.Pool
-	(*Policy)(nil),                // 8: nsalloc.store.v1.Policy
-	(*Counter)(nil),               // 9: nsalloc.store.v1.Counter
-	(*Server)(nil),                // 10: nsalloc.store.v1.Server
-	(*Slot)(nil),                  // 11: nsalloc.store.v1.Slot
-	(*Lane)(nil),                  // 12: nsalloc.store.v1.Lane
-	(*Range)(nil),                 // 13: nsalloc.store.v1.Range
-	(*RequestMark)(nil),           // 14: nsalloc.store.v1.RequestMark
-	(*Host)(nil),                  // 15: nsalloc.store.v1.Host
-	(*Sandbox)(nil),               // 16: nsalloc.store.v1.Sandbox
-	(*Binding)(nil),               // 17: nsalloc.store.v1.Binding
-	(*KernelID)(nil),              // 18: nsalloc.store.v1.KernelID
-	(*Stint)(nil),                 // 19: nsalloc.store.v1.Stint
-	(*Claimant)(nil),              // 20: nsalloc.store.v1.Claimant
-	(*Claim)(nil),                 // 21: nsalloc.store.v1.Claim
-	(*Parent)(nil),                // 22: nsalloc.store.v1.Parent
-	(*OldStint)(nil),              // 23: nsalloc.store.v1.OldStint
-	(*Checkpoint)(nil),            // 24: nsalloc.store.v1.Checkpoint
-	(*Request)(nil),               // 25: nsalloc.store.v1.Request
-	(*Aside)(nil),                 // 26: nsalloc.store.v1.Aside
-	nil,                           // 27: nsalloc.store.v1.Host.LabelsEntry
-	nil,                           // 28: nsalloc.store.v1.Sandbox.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
+	(UnheardWitness)(0),           // 2: nsalloc.store.v1.UnheardWitness
+	(SandboxState)(0),             // 3: nsalloc.store.v1.SandboxState
+	(CheckpointState)(0),          // 4: nsalloc.store.v1.CheckpointState
+	(NamespaceType)(0),            // 5: nsalloc.store.v1.NamespaceType
+	(StintBegan)(0),               // 6: nsalloc.store.v1.StintBegan
+	(StintOver)(0),                // 7: nsalloc.store.v1.StintOver
+	(*Pool)(nil),                  // 8: nsalloc.store.v1.Pool
+	(*Policy)(nil),                // 9: nsalloc.store.v1.Policy
+	(*Counter)(nil),               // 10: nsalloc.store.v1.Counter
+	(*Server)(nil),                // 11: nsalloc.store.v1.Server
+	(*Slot)(nil),                  // 12: nsalloc.store.v1.Slot
+	(*Lane)(nil),                  // 13: nsalloc.store.v1.Lane
+	(*Range)(nil),                 // 14: nsalloc.store.v1.Range
+	(*RequestMark)(nil),           // 15: nsalloc.store.v1.RequestMark
+	(*Host)(nil),                  // 16: nsalloc.store.v1.Host
+	(*Sandbox)(nil),               // 17: nsalloc.store.v1.Sandbox
+	(*Binding)(nil),               // 18: nsalloc.store.v1.Binding
+	(*KernelID)(nil),              // 19: nsalloc.store.v1.KernelID
+	(*Stint)(nil),                 // 20: nsalloc.store.v1.Stint
+	(*Claimant)(nil),              // 21: nsalloc.store.v1.Claimant
+	(*Claim)(nil),                 // 22: nsalloc.store.v1.Claim
+	(*Parent)(nil),                // 23: nsalloc.store.v1.Parent
+	(*OldStint)(nil),              // 24: nsalloc.store.v1.OldStint
+	(*Checkpoint)(nil),            // 25: nsalloc.store.v1.Checkpoint
+	(*Request)(nil),               // 26: nsalloc.store.v1.Request
+	(*Aside)(nil),                 // 27: nsalloc.store.v1.Aside
+	nil,                           // 28: nsalloc.store.v1.Host.LabelsEntry
+	nil,                           // 29: nsalloc.store.v1.Sandbox.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
 }
 var file_store_proto_depIdxs = []int32{
 	0,  // 0: nsalloc.store.v1.Pool.state:type_name -> nsalloc.store.v1.PoolState
-	8,  // 1: nsalloc.store.v1.Pool.policy:type_name -> nsalloc.store.v1.Policy
-	1,  // 2: nsalloc.store.v1.Policy.live:type_name -> nsalloc.store.v1.Action
-	1,  // 3: nsalloc.store.v1.Policy.over:type_name -> nsalloc.store.v1.Action
-	1,  // 4: nsalloc.store.v1.Policy.unknown:type_name -> nsalloc.store.v1.Action
-	29, // 5: nsalloc.store.v1.Server.started:type_name -> google.protobuf.Timestamp
-	13, // 6: nsalloc.store.v1.Lane.left:type_name -> nsalloc.store.v1.Range
-	29, // 7: nsalloc.store.v1.Lane.at:type_name -> google.protobuf.Timestamp
-	13, // 8: nsalloc.store.v1.Host.granted:type_name -> nsalloc.store.v1.Range
-	27, // 9: nsalloc.store.v1.Host.labels:type_name -> nsalloc.store.v1.Host.LabelsEntry
-	29, // 10: nsalloc.store.v1.Host.hello:type_name -> google.protobuf.Timestamp
-	14, // 11: nsalloc.store.v1.Host.requests:type_name -> nsalloc.store.v1.RequestMark
-	2,  // 12: nsalloc.store.v1.Sandbox.state:type_name -> nsalloc.store.v1.SandboxState
-	17, // 13: nsalloc.store.v1.Sandbox.bindings:type_name -> nsalloc.store.v1.Binding
-	19, // 14: nsalloc.store.v1.Sandbox.stints:type_name -> nsalloc.store.v1.Stint
-	28, // 15: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
-	21, // 16: nsalloc.store.v1.Sandbox.claim:type_name -> nsalloc.store.v1.Claim
-	22, // 17: nsalloc.store.v1.Sandbox.parent:type_name -> nsalloc.store.v1.Parent
-	29, // 18: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
-	14, // 19: nsalloc.store.v1.Sandbox.requests:type_name -> nsalloc.store.v1.RequestMark
-	4,  // 20: nsalloc.store.v1.Binding.type:type_name -> nsalloc.store.v1.NamespaceType
-	18, // 21: nsalloc.store.v1.Binding.kernel:type_name -> nsalloc.store.v1.KernelID
-	29, // 22: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
-	29, // 23: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
-	29, // 24: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
-	29, // 25: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
-	5,  // 26: nsalloc.store.v1.Stint.began:type_name -> nsalloc.store.v1.StintBegan
-	6,  // 27: nsalloc.store.v1.Stint.over:type_name -> nsalloc.store.v1.StintOver
-	20, // 28: nsalloc.store.v1.Claim.claimant:type_name -> nsalloc.store.v1.Claimant
-	2,  // 29: nsalloc.store.v1.Claim.from:type_name -> nsalloc.store.v1.SandboxState
-	19, // 30: nsalloc.store.v1.OldStint.stint:type_name -> nsalloc.store.v1.Stint
-	3,  // 31: nsalloc.store.v1.Checkpoint.state:type_name -> nsalloc.store.v1.CheckpointState
-	20, // 32: nsalloc.store.v1.Checkpoint.claimant:type_name -> nsalloc.store.v1.Claimant
-	29, // 33: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
-	29, // 34: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
-	13, // 35: nsalloc.store.v1.Request.ranges:type_name -> nsalloc.store.v1.Range
-	29, // 36: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
-	29, // 37: nsalloc.store.v1.Aside.at:type_name -> google.protobuf.Timestamp
-	38, // [38:38] is the sub-list for method output_type
-	38, // [38:38] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	9,  // 1: nsalloc.store.v1.Pool.policy:type_name -> nsalloc.store.v1.Policy
+	30, // 2: nsalloc.store.v1.Pool.raised:type_name -> google.protobuf.Timestamp
+	30, // 3: nsalloc.store.v1.Pool.created:type_name -> google.protobuf.Timestamp
+	1,  // 4: nsalloc.store.v1.Policy.live:type_name -> nsalloc.store.v1.Action
+	1,  // 5: nsalloc.store.v1.Policy.over:type_name -> nsalloc.store.v1.Action
+	1,  // 6: nsalloc.store.v1.Policy.unknown:type_name -> nsalloc.store.v1.Action
+	2,  // 7: nsalloc.store.v1.Policy.unheard_witness:type_name -> nsalloc.store.v1.UnheardWitness
+	30, // 8: nsalloc.store.v1.Server.started:type_name -> google.protobuf.Timestamp
+	14, // 9: nsalloc.store.v1.Lane.left:type_name -> nsalloc.store.v1.Range
+	30, // 10: nsalloc.store.v1.Lane.at:type_name -> google.protobuf.Timestamp
+	14, // 11: nsalloc.store.v1.Host.granted:type_name -> nsalloc.store.v1.Range
+	28, // 12: nsalloc.store.v1.Host.labels:type_name -> nsalloc.store.v1.Host.LabelsEntry
+	30, // 13: nsalloc.store.v1.Host.hello:type_name -> google.protobuf.Timestamp
+	15, // 14: nsalloc.store.v1.Host.requests:type_name -> nsalloc.store.v1.RequestMark
+	3,  // 15: nsalloc.store.v1.Sandbox.state:type_name -> nsalloc.store.v1.SandboxState
+	18, // 16: nsalloc.store.v1.Sandbox.bindings:type_name -> nsalloc.store.v1.Binding
+	20, // 17: nsalloc.store.v1.Sandbox.stints:type_name -> nsalloc.store.v1.Stint
+	29, // 18: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
+	22, // 19: nsalloc.store.v1.Sandbox.claim:type_name -> nsalloc.store.v1.Claim
+	23, // 20: nsalloc.store.v1.Sandbox.parent:type_name -> nsalloc.store.v1.Parent
+	30, // 21: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
+	15, // 22: nsalloc.store.v1.Sandbox.requests:type_name -> nsalloc.store.v1.RequestMark
+	5,  // 23: nsalloc.store.v1.Binding.type:type_name -> nsalloc.store.v1.NamespaceType
+	19, // 24: nsalloc.store.v1.Binding.kernel:type_name -> nsalloc.store.v1.KernelID
+	30, // 25: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
+	30, // 26: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
+	30, // 27: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
+	30, // 28: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
+	6,  // 29: nsalloc.store.v1.Stint.began:type_name -> nsalloc.store.v1.StintBegan
+	7,  // 30: nsalloc.store.v1.Stint.over:type_name -> nsalloc.store.v1.StintOver
+	21, // 31: nsalloc.store.v1.Claim.claimant:type_name -> nsalloc.store.v1.Claimant
+	3,  // 32: nsalloc.store.v1.Claim.from:type_name -> nsalloc.store.v1.SandboxState
+	20, // 33: nsalloc.store.v1.OldStint.stint:type_name -> nsalloc.store.v1.Stint
+	4,  // 34: nsalloc.store.v1.Checkpoint.state:type_name -> nsalloc.store.v1.CheckpointState
+	21, // 35: nsalloc.store.v1.Checkpoint.claimant:type_name -> nsalloc.store.v1.Claimant
+	30, // 36: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
+	30, // 37: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
+	14, // 38: nsalloc.store.v1.Request.ranges:type_name -> nsalloc.store.v1.Range
+	30, // 39: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
+	30, // 40: nsalloc.store.v1.Aside.at:type_name -> google.protobuf.Timestamp
+	41, // [41:41] is the sub-list for method output_type
+	41, // [41:41] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_store_proto_init() }
@@ -2443,7 +2565,7 @@ func file_store_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_store_proto_rawDesc), len(file_store_proto_rawDesc)),
-			NumEnums:      7,
+			NumEnums:      8,
 			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   0,

@@ -73,6 +73,8 @@ const (
 	ReasonNothingToMend Reason = "NOTHING_TO_MEND"
 	// ReasonMendFirst: something else has to be mended before; nothing changed.
 	ReasonMendFirst Reason = "MEND_FIRST"
+	// ReasonServerAnswers: the server that is to be removed answers; nothing changed.
+	ReasonServerAnswers Reason = "SERVER_ANSWERS"
 	// ReasonCaller: the caller is unknown or may not do this; nothing changed.
 	ReasonCaller Reason = "CALLER_REFUSED"
 )
@@ -151,6 +153,7 @@ var (
 	ErrRecordNotFound     = &Error{Reason: ReasonRecordNotFound}
 	ErrNothingToMend      = &Error{Reason: ReasonNothingToMend}
 	ErrMendFirst          = &Error{Reason: ReasonMendFirst}
+	ErrServerAnswers      = &Error{Reason: ReasonServerAnswers}
 	ErrCaller             = &Error{Reason: ReasonCaller}
 )
 

@@ -1,8 +1,6 @@
 package alloc
 
 import (
-	"crypto/rand"
-	"encoding/binary"
 	"fmt"
 	"slices"
 	"strings"
@@ -363,27 +361,10 @@ func (r all) nextGeneration() ([]move, Ranges, error) {
 	next, start := top+1, randomStart()
 	return []move{
 		{key: Key{Kind: KindPool}, with: func(now Entry, _ Revision) Record {
-			p := *now.Record.(*Pool)
-			p.Generation, p.Nonce = next, newNonce()
-			p.State, p.Target = PoolOpen, 0
-			return &p
+			return raised(now.Record.(*Pool), next)
 		}},
 		{key: Key{Kind: KindCounter}, whatever: true, with: func(now Entry, _ Revision) Record {
-			c := Counter{}
-			if before, ok := now.Record.(*Counter); ok {
-				c = *before
-			}
-			c.Generation, c.Next, c.Nonce = next, start, newNonce()
-			return &c
+			return atStart(now, next, start)
 		}},
 	}, nil, nil
-}
-
-// randomStart is where the counter of a generation begins that is not the pool's first: somewhere in its
-// lower half. A store that was put back does not know of the generations that it has had since, and would
-// number the next one as one of those.
-func randomStart() uint64 {
-	var b [8]byte
-	_, _ = rand.Read(b[:]) // never fails (crypto/rand)
-	return 1 + binary.BigEndian.Uint64(b[:])%(MaxCounter/2)
 }

@@ -29,6 +29,22 @@ var policyFields = []PolicyField{
 	action("over", "a copy of a sandbox that is over: resume, clone or refuse", func(p *Policy) *Action { return &p.Over }),
 	action("unknown", "images that the pool never heard of: adopt or refuse", func(p *Policy) *Action { return &p.Unknown }),
 	{
+		Name: "unheard-witness",
+		What: "a server does not hear what another one has seen of the store: new-generation or wait",
+		get: func(p *Policy) string {
+			if p.UnheardWitness == "" {
+				return string(UnheardNewGeneration)
+			}
+			return string(p.UnheardWitness)
+		},
+		set: func(p *Policy, text string) error {
+			if p.UnheardWitness = Unheard(text); text == "" { // which Validate takes in a record
+				return invalid("policy unheard-witness", "it is empty")
+			}
+			return nil
+		},
+	},
+	{
 		Name: "host-quota",
 		What: fmt.Sprintf("the most serials that a host is granted in 24 hours: %d or more, 0 for no limit", MinHostQuota),
 		get: func(p *Policy) string {

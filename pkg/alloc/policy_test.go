@@ -13,7 +13,7 @@ func TestPolicyFields(t *testing.T) {
 	if n := reflect.TypeFor[alloc.Policy]().NumField(); n != len(fields) {
 		t.Errorf("a policy has %d fields, %d can be set", n, len(fields))
 	}
-	changed := map[string]string{"live": "refuse", "over": "clone", "unknown": "refuse", "host-quota": "0"}
+	changed := map[string]string{"live": "refuse", "over": "clone", "unknown": "refuse", "unheard-witness": "wait", "host-quota": "0"}
 	for _, f := range fields {
 		was := alloc.DefaultPolicy()
 		is, err := was.With(map[string]string{f.Name: changed[f.Name]})

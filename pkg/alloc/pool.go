@@ -3,6 +3,7 @@ package alloc
 import (
 	"fmt"
 	"math"
+	"time"
 )
 
 // FormatVersion is the format of the records that this version writes. A store of a newer format is
@@ -32,6 +33,10 @@ type Pool struct {
 	// Target, while State is PoolRecovering, is the least generation in which the pool may open again: later than
 	// all that those have seen who found that the store has lost history; 0 for the next one.
 	Target Generation `json:"target,omitempty"`
+	// Raised is when a server last raised the generation by itself, by its clock; zero while none has.
+	Raised time.Time `json:"raised,omitzero"`
+	// Created is when InitPool made the pool, by its clock; zero in pools of before.
+	Created time.Time `json:"created,omitzero"`
 	// PolicyExtra holds what a newer version stored in the policy. It stands here so that a Policy can be
 	// compared and replaced without it.
 	PolicyExtra []byte `json:"-"`
@@ -55,8 +60,20 @@ const (
 	PolicyRefuse Action = "refuse"
 )
 
-// Policy says what a restore gets when it is not the straight continuation of its sandbox, and how much a host gets.
-// An operator changes it (SetPolicy).
+// Unheard is what a server does that does not hear the witness of another one, which may have seen more of
+// the store than itself.
+type Unheard string
+
+// The choices. The empty one, of pools from before there was a choice, is UnheardNewGeneration.
+const (
+	// UnheardNewGeneration: it takes a new generation before it issues anything.
+	UnheardNewGeneration Unheard = "new-generation"
+	// UnheardWait: it issues nothing until it has heard that one, or that one is removed.
+	UnheardWait Unheard = "wait"
+)
+
+// Policy says what a restore gets when it is not the straight continuation of its sandbox, how much a host gets, and
+// what a server does that cannot be sure of its store. An operator changes it (SetPolicy).
 type Policy struct {
 	// Live: images that are consumed, or a copy, while their sandbox lives: PolicyClone or PolicyRefuse.
 	Live Action `json:"live"`
@@ -67,6 +84,8 @@ type Policy struct {
 	// HostQuota is the most serials that one host is granted in 24 hours, MinHostQuota or more; NoHostQuota for no
 	// limit. In records of before there were quotas it is 0, which stands for DefaultHostQuota.
 	HostQuota uint64 `json:"host_quota"`
+	// UnheardWitness: the witness of another server is not heard: UnheardNewGeneration or UnheardWait.
+	UnheardWitness Unheard `json:"unheard_witness,omitempty"`
 }
 
 // Quota is the most serials that one host is granted in 24 hours, and whether there is a limit; 0 where there is none.
@@ -91,7 +110,7 @@ const (
 
 // DefaultPolicy is what a new pool has.
 func DefaultPolicy() Policy {
-	return Policy{Live: PolicyClone, Over: PolicyResume, Unknown: PolicyAdopt, HostQuota: DefaultHostQuota}
+	return Policy{Live: PolicyClone, Over: PolicyResume, Unknown: PolicyAdopt, UnheardWitness: UnheardNewGeneration, HostQuota: DefaultHostQuota}
 }
 
 // Validate checks that each field has one of its values.
@@ -105,6 +124,8 @@ func (p Policy) Validate() error {
 		return invalid("policy unknown", fmt.Sprintf("%.40q is not adopt or refuse", p.Unknown))
 	case p.HostQuota != 0 && p.HostQuota < MinHostQuota:
 		return invalid("policy host-quota", fmt.Sprintf("%d is less than %d, what a host can ask for at once", p.HostQuota, MinHostQuota))
+	case p.UnheardWitness != "" && p.UnheardWitness != UnheardNewGeneration && p.UnheardWitness != UnheardWait:
+		return invalid("policy unheard-witness", fmt.Sprintf("%.40q is not new-generation or wait", p.UnheardWitness))
 	}
 	return nil
 }

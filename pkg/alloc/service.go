@@ -104,7 +104,7 @@ func (s *Service) InitPool(ctx context.Context, p Policy) (*Pool, error) {
 	if err := s.empty(ctx); err != nil {
 		return nil, err
 	}
-	pool := &Pool{UUID: newUUID(), Generation: 1, State: PoolOpen, Policy: p, Format: FormatVersion, Nonce: newNonce()}
+	pool := &Pool{UUID: newUUID(), Generation: 1, State: PoolOpen, Policy: p, Format: FormatVersion, Nonce: newNonce(), Created: s.now()}
 	counter := &Counter{Generation: 1, Next: 1, Nonce: newNonce()}
 	_, err := s.store.Commit(ctx, Tx{
 		Guards: []Guard{{Key: pool.Key()}, {Key: counter.Key()}},

@@ -104,8 +104,19 @@ type Server struct {
 	// Nonce is the life's: a server that finds another one here has been taken over, or its store was put back.
 	Nonce   string    `json:"-"`
 	Started time.Time `json:"started"`
-	Extra   []byte    `json:"-"`
+	// Address is where other servers reach it: unix:///PATH or HOST:PORT. Empty: they cannot ask it.
+	Address string `json:"address"`
+	// Asked is drawn anew each time that it asks the others what they have seen: who finds it in its own store
+	// has the asker's.
+	Asked string `json:"-"`
+	// Removed is the last of its lives that an operator has removed; 0 for none.
+	Removed uint64 `json:"removed,omitempty"`
+	Extra   []byte `json:"-"`
 }
+
+// Listed reports whether the server is one of the pool's: the others ask it what it has seen. One that was
+// removed is not, until its next life.
+func (s *Server) Listed() bool { return s.Removed == 0 || s.Incarnation > s.Removed }
 
 // Slot is a place that the writes of one life of a server go through, one at a time. Each counts, and draws a
 // nonce: whoever remembers the last one can tell a store that has forgotten it.

@@ -65,6 +65,7 @@ var reads = map[string][]string{
 	"nsalloc.v1.Handoff":   {"Find", "ListCheckpoints"},
 	"nsalloc.v1.Hosts":     {"Get", "List"},
 	"nsalloc.v1.Records":   {"Check"},
+	"nsalloc.v1.Servers":   {"List", "Witness"},
 	"nsalloc.v1.Agent":     {"Status", "ListNamespaces", "Identify", "ListRuns"},
 }
 
@@ -76,11 +77,13 @@ type Client struct {
 	handoff   nsallocv1.HandoffClient
 	hosts     nsallocv1.HostsClient
 	records   nsallocv1.RecordsClient
+	servers   nsallocv1.ServersClient
 	gather    gatherer
 }
 
 type options struct {
 	host     string
+	server   string
 	insecure bool
 	grpc     []grpc.DialOption
 }
@@ -90,6 +93,9 @@ type Option func(*options)
 
 // WithHost says in whose name the calls are made: this host's. Without it they are an operator's.
 func WithHost(name string) Option { return func(o *options) { o.host = name } }
+
+// WithServer says that the calls are made by a server of the pool: the one of this name.
+func WithServer(name string) Option { return func(o *options) { o.server = name } }
 
 // WithInsecure allows plain text to another machine.
 func WithInsecure() Option { return func(o *options) { o.insecure = true } }
@@ -113,6 +119,7 @@ func Dial(target string, opts ...Option) (*Client, error) {
 		handoff:   nsallocv1.NewHandoffClient(conn),
 		hosts:     nsallocv1.NewHostsClient(conn),
 		records:   nsallocv1.NewRecordsClient(conn),
+		servers:   nsallocv1.NewServersClient(conn),
 	}, nil
 }
 
@@ -142,7 +149,7 @@ func DialConn(target string, opts ...Option) (*grpc.ClientConn, error) {
 			MinConnectTimeout: 3 * time.Second,
 		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true}),
-		grpc.WithChainUnaryInterceptor(convert, identify(o.host)),
+		grpc.WithChainUnaryInterceptor(convert, identify(o)),
 		grpc.WithStatsHandler(onConnection{}),
 	}, o.grpc...)...)
 	if err != nil {
@@ -216,10 +223,13 @@ func isRead(fullMethod string) bool {
 	return false
 }
 
-func identify(host string) grpc.UnaryClientInterceptor {
+func identify(o options) grpc.UnaryClientInterceptor {
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		if host != "" {
-			ctx = metadata.AppendToOutgoingContext(ctx, HostMetadata, host)
+		if o.host != "" {
+			ctx = metadata.AppendToOutgoingContext(ctx, HostMetadata, o.host)
+		}
+		if o.server != "" {
+			ctx = metadata.AppendToOutgoingContext(ctx, ServerMetadata, o.server)
 		}
 		return invoke(ctx, method, req, reply, cc, opts...)
 	}

@@ -29,7 +29,9 @@ type PoolStatus struct {
 	Level *alloc.Level
 	// Unreadable is how many records the server cannot read.
 	Unreadable uint64
-	Revision   alloc.Revision
+	// Standing is whether the server that answered trusts its store; nil from servers without a witness.
+	Standing *alloc.Standing
+	Revision alloc.Revision
 }
 
 // PoolStatus reads the pool's record and what the pool has left.
@@ -38,7 +40,8 @@ func (c *Client) PoolStatus(ctx context.Context) (PoolStatus, error) {
 	if err != nil {
 		return PoolStatus{}, err
 	}
-	s := PoolStatus{Pool: wire.PoolFromWire(resp.GetPool()), Unreadable: resp.GetUnreadable(), Revision: alloc.Revision(resp.GetRevision())}
+	s := PoolStatus{Pool: wire.PoolFromWire(resp.GetPool()), Unreadable: resp.GetUnreadable(), Revision: alloc.Revision(resp.GetRevision()),
+		Standing: wire.StandingFromWire(resp.GetStanding())}
 	if resp.GetLevel() != nil {
 		l := wire.LevelFromWire(resp.GetLevel())
 		s.Level = &l

@@ -72,9 +72,9 @@ func Records(t testing.TB) []alloc.Record {
 	claimant := alloc.Claimant{Host: "b", BootID: boot, Run: "42/1000"}
 	stint := alloc.Stint{Host: "a", Epoch: 1<<48 + 1, From: at, To: at.Add(time.Hour), Began: alloc.BeganRegistered, Over: alloc.OverHandedOff, Actor: "host/a"}
 	return []alloc.Record{
-		&alloc.Pool{UUID: boot, Generation: 1, State: alloc.PoolOpen, Policy: alloc.DefaultPolicy(), Format: alloc.FormatVersion, Nonce: "n"},
+		&alloc.Pool{UUID: boot, Generation: 1, State: alloc.PoolOpen, Policy: alloc.DefaultPolicy(), Format: alloc.FormatVersion, Nonce: "n", Target: 2, Raised: at, Created: at},
 		&alloc.Counter{Generation: 1, Next: 7, Nonce: "n"},
-		&alloc.Server{Name: "s1", Incarnation: 3, Nonce: "n", Started: at},
+		&alloc.Server{Name: "s1", Incarnation: 3, Nonce: "n", Started: at, Address: "192.0.2.1:7000", Asked: "a", Removed: 2},
 		&alloc.Slot{Server: "s1", Life: "0123456789abcdef0123456789abcdef", N: 5, Writes: 77, Nonce: "n"},
 		&alloc.Lane{ID: "0123456789abcdef0123456789abcdef", Left: ranges, Nonce: "n", At: at},
 		&alloc.Host{Name: "a", Incarnation: 1<<48 + 1, Nonce: "n", BootID: boot, Granted: ranges,

@@ -40,6 +40,9 @@ func UseCases() []UseCase {
 			cmd := alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 10}
 			return func(ctx context.Context) (any, error) { return p.Allocate(ctx, cmd) }
 		}},
+		{Name: "RemoveServer", Prepare: func(_ *testing.T, p *Pool) call {
+			return func(ctx context.Context) (any, error) { return p.RemoveServer(ctx, "s1", 3) }
+		}},
 		{Name: "Hello of a new host", Prepare: func(_ *testing.T, p *Pool) call {
 			cmd := alloc.HelloCommand{RequestID: p.Request(), Host: "n", BootID: BootID(5), Nonce: "0123456789abcdef"}
 			return func(ctx context.Context) (any, error) { h, _, err := p.Hello(ctx, cmd); return answer(err, h) }

@@ -286,7 +286,8 @@ func PoolToWire(p *alloc.Pool) *nsallocv1.Pool {
 			Over:    policyActions.value(p.Policy.Over),
 			Unknown: policyActions.value(p.Policy.Unknown),
 
-			HostQuota: quota,
+			HostQuota:      quota,
+			UnheardWitness: unheards.value(p.Policy.UnheardWitness),
 		},
 	}
 }
@@ -331,7 +332,8 @@ func PoolFromWire(p *nsallocv1.Pool) *alloc.Pool {
 			Over:    policyActions.word(p.GetPolicy().GetOver()),
 			Unknown: policyActions.word(p.GetPolicy().GetUnknown()),
 
-			HostQuota: quota,
+			HostQuota:      quota,
+			UnheardWitness: unheards.word(p.GetPolicy().GetUnheardWitness()),
 		},
 	}
 }

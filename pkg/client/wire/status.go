@@ -59,6 +59,7 @@ var reasonCodes = map[alloc.Reason]codes.Code{
 	alloc.ReasonRecordNotFound:     codes.NotFound,
 	alloc.ReasonNothingToMend:      codes.FailedPrecondition,
 	alloc.ReasonMendFirst:          codes.FailedPrecondition,
+	alloc.ReasonServerAnswers:      codes.FailedPrecondition,
 	alloc.ReasonCaller:             codes.PermissionDenied,
 }
 

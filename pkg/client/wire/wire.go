@@ -94,6 +94,18 @@ var (
 		nsallocv1.PoolState_POOL_STATE_OPEN:       alloc.PoolOpen,
 		nsallocv1.PoolState_POOL_STATE_RECOVERING: alloc.PoolRecovering,
 	})
+	unheards = vocabularyOf(map[nsallocv1.UnheardWitness]alloc.Unheard{
+		nsallocv1.UnheardWitness_UNHEARD_WITNESS_NEW_GENERATION: alloc.UnheardNewGeneration,
+		nsallocv1.UnheardWitness_UNHEARD_WITNESS_WAIT:           alloc.UnheardWait,
+	})
+	sayings = vocabularyOf(map[nsallocv1.Saying]alloc.Saying{
+		nsallocv1.Saying_SAYING_SOUND:     alloc.SaysSound,
+		nsallocv1.Saying_SAYING_BEHIND:    alloc.SaysBehind,
+		nsallocv1.Saying_SAYING_NEW:       alloc.SaysNew,
+		nsallocv1.Saying_SAYING_LOST:      alloc.SaysLost,
+		nsallocv1.Saying_SAYING_ELSEWHERE: alloc.SaysElsewhere,
+		nsallocv1.Saying_SAYING_NOTHING:   alloc.SaysNothing,
+	})
 	policyActions = vocabularyOf(map[nsallocv1.PolicyAction]alloc.Action{
 		nsallocv1.PolicyAction_POLICY_ACTION_CLONE:  alloc.PolicyClone,
 		nsallocv1.PolicyAction_POLICY_ACTION_RESUME: alloc.PolicyResume,

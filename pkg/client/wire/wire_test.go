@@ -101,6 +101,8 @@ func TestEveryWord(t *testing.T) {
 	check("PoolState", len(nsallocv1.PoolState_name), to(poolStates), from(poolStates))
 	check("StintBegan", len(nsallocv1.StintBegan_name), to(stintBegans), from(stintBegans))
 	check("StintOver", len(nsallocv1.StintOver_name), to(stintOvers), from(stintOvers))
+	check("Unheard", len(nsallocv1.UnheardWitness_name), to(unheards), from(unheards))
+	check("Saying", len(nsallocv1.Saying_name), to(sayings), from(sayings))
 	check("Action", len(nsallocv1.PolicyAction_name), to(policyActions), from(policyActions))
 }
 
@@ -143,6 +145,7 @@ func TestRecords(t *testing.T) {
 		case *alloc.Pool:
 			clean := *want
 			clean.Nonce, clean.PolicyExtra, clean.Extra = "", nil, nil
+			clean.Target, clean.Raised, clean.Created = 0, time.Time{}, time.Time{} // the servers' own
 			same(t, PoolFromWire(through(t, PoolToWire(want))), &clean)
 		}
 	}

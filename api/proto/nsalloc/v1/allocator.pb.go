@@ -171,7 +171,9 @@ type GetPoolResponse struct {
 	// How many records of the pool, of any kind that is listed or the counter, this server cannot read: `nsalloc check` names them.
 	Unreadable uint64 `protobuf:"varint,3,opt,name=unreadable,proto3" json:"unreadable,omitempty"`
 	// How much the pool has left; unset while this server cannot read its counter.
-	Level         *PoolLevel `protobuf:"bytes,4,opt,name=level,proto3" json:"level,omitempty"`
+	Level *PoolLevel `protobuf:"bytes,4,opt,name=level,proto3" json:"level,omitempty"`
+	// Whether the server that answers trusts its store; unset from servers without a witness.
+	Standing      *Standing `protobuf:"bytes,5,opt,name=standing,proto3" json:"standing,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -230,6 +232,13 @@ func (x *GetPoolResponse) GetUnreadable() uint64 {
 func (x *GetPoolResponse) GetLevel() *PoolLevel {
 	if x != nil {
 		return x.Level
+	}
+	return nil
+}
+
+func (x *GetPoolResponse) GetStanding() *Standing {
+	if x != nil {
+		return x.Standing
 	}
 	return nil
 }
@@ -331,21 +340,22 @@ var File_nsalloc_v1_allocator_proto protoreflect.FileDescriptor
 const file_nsalloc_v1_allocator_proto_rawDesc = "" +
 	"\n" +
 	"\x1ansalloc/v1/allocator.proto\x12\n" +
-	"nsalloc.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16nsalloc/v1/types.proto\"F\n" +
+	"nsalloc.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18nsalloc/v1/servers.proto\x1a\x16nsalloc/v1/types.proto\"F\n" +
 	"\x0fAllocateRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\"=\n" +
 	"\x10AllocateResponse\x12)\n" +
 	"\x06ranges\x18\x01 \x03(\v2\x11.nsalloc.v1.RangeR\x06ranges\"\x10\n" +
-	"\x0eGetPoolRequest\"\xa0\x01\n" +
+	"\x0eGetPoolRequest\"\xd2\x01\n" +
 	"\x0fGetPoolResponse\x12$\n" +
 	"\x04pool\x18\x01 \x01(\v2\x10.nsalloc.v1.PoolR\x04pool\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x1e\n" +
 	"\n" +
 	"unreadable\x18\x03 \x01(\x04R\n" +
 	"unreadable\x12+\n" +
-	"\x05level\x18\x04 \x01(\v2\x15.nsalloc.v1.PoolLevelR\x05level\"\xcf\x01\n" +
+	"\x05level\x18\x04 \x01(\v2\x15.nsalloc.v1.PoolLevelR\x05level\x120\n" +
+	"\bstanding\x18\x05 \x01(\v2\x14.nsalloc.v1.StandingR\bstanding\"\xcf\x01\n" +
 	"\tPoolLevel\x12\x12\n" +
 	"\x04next\x18\x01 \x01(\x06R\x04next\x12\x12\n" +
 	"\x04left\x18\x02 \x01(\x06R\x04left\x12 \n" +
@@ -378,24 +388,26 @@ var file_nsalloc_v1_allocator_proto_goTypes = []any{
 	(*PoolLevel)(nil),             // 4: nsalloc.v1.PoolLevel
 	(*Range)(nil),                 // 5: nsalloc.v1.Range
 	(*Pool)(nil),                  // 6: nsalloc.v1.Pool
-	(*durationpb.Duration)(nil),   // 7: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
+	(*Standing)(nil),              // 7: nsalloc.v1.Standing
+	(*durationpb.Duration)(nil),   // 8: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
 }
 var file_nsalloc_v1_allocator_proto_depIdxs = []int32{
 	5, // 0: nsalloc.v1.AllocateResponse.ranges:type_name -> nsalloc.v1.Range
 	6, // 1: nsalloc.v1.GetPoolResponse.pool:type_name -> nsalloc.v1.Pool
 	4, // 2: nsalloc.v1.GetPoolResponse.level:type_name -> nsalloc.v1.PoolLevel
-	7, // 3: nsalloc.v1.PoolLevel.over:type_name -> google.protobuf.Duration
-	8, // 4: nsalloc.v1.PoolLevel.runs_out:type_name -> google.protobuf.Timestamp
-	0, // 5: nsalloc.v1.Allocator.Allocate:input_type -> nsalloc.v1.AllocateRequest
-	2, // 6: nsalloc.v1.Allocator.GetPool:input_type -> nsalloc.v1.GetPoolRequest
-	1, // 7: nsalloc.v1.Allocator.Allocate:output_type -> nsalloc.v1.AllocateResponse
-	3, // 8: nsalloc.v1.Allocator.GetPool:output_type -> nsalloc.v1.GetPoolResponse
-	7, // [7:9] is the sub-list for method output_type
-	5, // [5:7] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	7, // 3: nsalloc.v1.GetPoolResponse.standing:type_name -> nsalloc.v1.Standing
+	8, // 4: nsalloc.v1.PoolLevel.over:type_name -> google.protobuf.Duration
+	9, // 5: nsalloc.v1.PoolLevel.runs_out:type_name -> google.protobuf.Timestamp
+	0, // 6: nsalloc.v1.Allocator.Allocate:input_type -> nsalloc.v1.AllocateRequest
+	2, // 7: nsalloc.v1.Allocator.GetPool:input_type -> nsalloc.v1.GetPoolRequest
+	1, // 8: nsalloc.v1.Allocator.Allocate:output_type -> nsalloc.v1.AllocateResponse
+	3, // 9: nsalloc.v1.Allocator.GetPool:output_type -> nsalloc.v1.GetPoolResponse
+	8, // [8:10] is the sub-list for method output_type
+	6, // [6:8] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_nsalloc_v1_allocator_proto_init() }
@@ -403,6 +415,7 @@ func file_nsalloc_v1_allocator_proto_init() {
 	if File_nsalloc_v1_allocator_proto != nil {
 		return
 	}
+	file_nsalloc_v1_servers_proto_init()
 	file_nsalloc_v1_types_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{

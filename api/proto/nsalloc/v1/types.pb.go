@@ -436,6 +436,59 @@ func (PolicyAction) EnumDescriptor() ([]byte, []int) {
 	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{5}
 }
 
+// UnheardWitness says what a server does that does not hear the witness of another one.
+type UnheardWitness int32
+
+const (
+	// From servers before there was a choice.
+	UnheardWitness_UNHEARD_WITNESS_UNSPECIFIED UnheardWitness = 0
+	// It takes a new generation before it issues.
+	UnheardWitness_UNHEARD_WITNESS_NEW_GENERATION UnheardWitness = 1
+	// It issues nothing until the other one is heard, or removed.
+	UnheardWitness_UNHEARD_WITNESS_WAIT UnheardWitness = 2
+)
+
+// Enum value maps for UnheardWitness.
+var (
+	UnheardWitness_name = map[int32]string{
+		0: "UNHEARD_WITNESS_UNSPECIFIED",
+		1: "UNHEARD_WITNESS_NEW_GENERATION",
+		2: "UNHEARD_WITNESS_WAIT",
+	}
+	UnheardWitness_value = map[string]int32{
+		"UNHEARD_WITNESS_UNSPECIFIED":    0,
+		"UNHEARD_WITNESS_NEW_GENERATION": 1,
+		"UNHEARD_WITNESS_WAIT":           2,
+	}
+)
+
+func (x UnheardWitness) Enum() *UnheardWitness {
+	p := new(UnheardWitness)
+	*p = x
+	return p
+}
+
+func (x UnheardWitness) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (UnheardWitness) Descriptor() protoreflect.EnumDescriptor {
+	return file_nsalloc_v1_types_proto_enumTypes[6].Descriptor()
+}
+
+func (UnheardWitness) Type() protoreflect.EnumType {
+	return &file_nsalloc_v1_types_proto_enumTypes[6]
+}
+
+func (x UnheardWitness) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use UnheardWitness.Descriptor instead.
+func (UnheardWitness) EnumDescriptor() ([]byte, []int) {
+	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{6}
+}
+
 // PoolState says whether serials may be issued.
 type PoolState int32
 
@@ -473,11 +526,11 @@ func (x PoolState) String() string {
 }
 
 func (PoolState) Descriptor() protoreflect.EnumDescriptor {
-	return file_nsalloc_v1_types_proto_enumTypes[6].Descriptor()
+	return file_nsalloc_v1_types_proto_enumTypes[7].Descriptor()
 }
 
 func (PoolState) Type() protoreflect.EnumType {
-	return &file_nsalloc_v1_types_proto_enumTypes[6]
+	return &file_nsalloc_v1_types_proto_enumTypes[7]
 }
 
 func (x PoolState) Number() protoreflect.EnumNumber {
@@ -486,7 +539,7 @@ func (x PoolState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PoolState.Descriptor instead.
 func (PoolState) EnumDescriptor() ([]byte, []int) {
-	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{6}
+	return file_nsalloc_v1_types_proto_rawDescGZIP(), []int{7}
 }
 
 // Range is count serials that follow each other.
@@ -1263,7 +1316,8 @@ func (x *Host) GetHello() *timestamppb.Timestamp {
 	return nil
 }
 
-// Policy says what a restore gets that is not the straight continuation of its sandbox, and how much a host gets.
+// Policy says what a restore gets that is not the straight continuation of its sandbox, how much a host gets, and
+// what a server does that cannot be sure of its store.
 type Policy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Images that are consumed, or a copy, while their sandbox lives: CLONE or REFUSE.
@@ -1272,6 +1326,8 @@ type Policy struct {
 	Over PolicyAction `protobuf:"varint,2,opt,name=over,proto3,enum=nsalloc.v1.PolicyAction" json:"over,omitempty"`
 	// Images without a manifest that the pool never heard of: ADOPT or REFUSE.
 	Unknown PolicyAction `protobuf:"varint,3,opt,name=unknown,proto3,enum=nsalloc.v1.PolicyAction" json:"unknown,omitempty"`
+	// A server does not hear the witness of another one.
+	UnheardWitness UnheardWitness `protobuf:"varint,4,opt,name=unheard_witness,json=unheardWitness,proto3,enum=nsalloc.v1.UnheardWitness" json:"unheard_witness,omitempty"`
 	// The most serials that one host is granted in 24 hours; 0 for no limit.
 	HostQuota     uint64 `protobuf:"varint,5,opt,name=host_quota,json=hostQuota,proto3" json:"host_quota,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1327,6 +1383,13 @@ func (x *Policy) GetUnknown() PolicyAction {
 		return x.Unknown
 	}
 	return PolicyAction_POLICY_ACTION_UNSPECIFIED
+}
+
+func (x *Policy) GetUnheardWitness() UnheardWitness {
+	if x != nil {
+		return x.UnheardWitness
+	}
+	return UnheardWitness_UNHEARD_WITNESS_UNSPECIFIED
 }
 
 func (x *Policy) GetHostQuota() uint64 {
@@ -1497,11 +1560,12 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\x05hello\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05hello\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb7\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xfc\x01\n" +
 	"\x06Policy\x12,\n" +
 	"\x04live\x18\x01 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\x04live\x12,\n" +
 	"\x04over\x18\x02 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\x04over\x122\n" +
-	"\aunknown\x18\x03 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\aunknown\x12\x1d\n" +
+	"\aunknown\x18\x03 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\aunknown\x12C\n" +
+	"\x0funheard_witness\x18\x04 \x01(\x0e2\x1a.nsalloc.v1.UnheardWitnessR\x0eunheardWitness\x12\x1d\n" +
 	"\n" +
 	"host_quota\x18\x05 \x01(\x04R\thostQuota\"\xab\x01\n" +
 	"\x04Pool\x12\x12\n" +
@@ -1553,7 +1617,11 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\x13POLICY_ACTION_CLONE\x10\x01\x12\x18\n" +
 	"\x14POLICY_ACTION_RESUME\x10\x02\x12\x17\n" +
 	"\x13POLICY_ACTION_ADOPT\x10\x03\x12\x18\n" +
-	"\x14POLICY_ACTION_REFUSE\x10\x04*W\n" +
+	"\x14POLICY_ACTION_REFUSE\x10\x04*o\n" +
+	"\x0eUnheardWitness\x12\x1f\n" +
+	"\x1bUNHEARD_WITNESS_UNSPECIFIED\x10\x00\x12\"\n" +
+	"\x1eUNHEARD_WITNESS_NEW_GENERATION\x10\x01\x12\x18\n" +
+	"\x14UNHEARD_WITNESS_WAIT\x10\x02*W\n" +
 	"\tPoolState\x12\x1a\n" +
 	"\x16POOL_STATE_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fPOOL_STATE_OPEN\x10\x01\x12\x19\n" +
@@ -1571,7 +1639,7 @@ func file_nsalloc_v1_types_proto_rawDescGZIP() []byte {
 	return file_nsalloc_v1_types_proto_rawDescData
 }
 
-var file_nsalloc_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_nsalloc_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
 var file_nsalloc_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_nsalloc_v1_types_proto_goTypes = []any{
 	(NamespaceType)(0),            // 0: nsalloc.v1.NamespaceType
@@ -1580,53 +1648,55 @@ var file_nsalloc_v1_types_proto_goTypes = []any{
 	(StintOver)(0),                // 3: nsalloc.v1.StintOver
 	(CheckpointState)(0),          // 4: nsalloc.v1.CheckpointState
 	(PolicyAction)(0),             // 5: nsalloc.v1.PolicyAction
-	(PoolState)(0),                // 6: nsalloc.v1.PoolState
-	(*Range)(nil),                 // 7: nsalloc.v1.Range
-	(*KernelId)(nil),              // 8: nsalloc.v1.KernelId
-	(*Binding)(nil),               // 9: nsalloc.v1.Binding
-	(*Claimant)(nil),              // 10: nsalloc.v1.Claimant
-	(*Stint)(nil),                 // 11: nsalloc.v1.Stint
-	(*Sandbox)(nil),               // 12: nsalloc.v1.Sandbox
-	(*Checkpoint)(nil),            // 13: nsalloc.v1.Checkpoint
-	(*Host)(nil),                  // 14: nsalloc.v1.Host
-	(*Policy)(nil),                // 15: nsalloc.v1.Policy
-	(*Pool)(nil),                  // 16: nsalloc.v1.Pool
-	nil,                           // 17: nsalloc.v1.Sandbox.LabelsEntry
-	nil,                           // 18: nsalloc.v1.Host.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
+	(UnheardWitness)(0),           // 6: nsalloc.v1.UnheardWitness
+	(PoolState)(0),                // 7: nsalloc.v1.PoolState
+	(*Range)(nil),                 // 8: nsalloc.v1.Range
+	(*KernelId)(nil),              // 9: nsalloc.v1.KernelId
+	(*Binding)(nil),               // 10: nsalloc.v1.Binding
+	(*Claimant)(nil),              // 11: nsalloc.v1.Claimant
+	(*Stint)(nil),                 // 12: nsalloc.v1.Stint
+	(*Sandbox)(nil),               // 13: nsalloc.v1.Sandbox
+	(*Checkpoint)(nil),            // 14: nsalloc.v1.Checkpoint
+	(*Host)(nil),                  // 15: nsalloc.v1.Host
+	(*Policy)(nil),                // 16: nsalloc.v1.Policy
+	(*Pool)(nil),                  // 17: nsalloc.v1.Pool
+	nil,                           // 18: nsalloc.v1.Sandbox.LabelsEntry
+	nil,                           // 19: nsalloc.v1.Host.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
 }
 var file_nsalloc_v1_types_proto_depIdxs = []int32{
 	0,  // 0: nsalloc.v1.Binding.type:type_name -> nsalloc.v1.NamespaceType
-	8,  // 1: nsalloc.v1.Binding.kernel:type_name -> nsalloc.v1.KernelId
-	19, // 2: nsalloc.v1.Binding.bound:type_name -> google.protobuf.Timestamp
-	19, // 3: nsalloc.v1.Binding.gone:type_name -> google.protobuf.Timestamp
-	19, // 4: nsalloc.v1.Stint.from:type_name -> google.protobuf.Timestamp
-	19, // 5: nsalloc.v1.Stint.to:type_name -> google.protobuf.Timestamp
+	9,  // 1: nsalloc.v1.Binding.kernel:type_name -> nsalloc.v1.KernelId
+	20, // 2: nsalloc.v1.Binding.bound:type_name -> google.protobuf.Timestamp
+	20, // 3: nsalloc.v1.Binding.gone:type_name -> google.protobuf.Timestamp
+	20, // 4: nsalloc.v1.Stint.from:type_name -> google.protobuf.Timestamp
+	20, // 5: nsalloc.v1.Stint.to:type_name -> google.protobuf.Timestamp
 	2,  // 6: nsalloc.v1.Stint.began:type_name -> nsalloc.v1.StintBegan
 	3,  // 7: nsalloc.v1.Stint.over:type_name -> nsalloc.v1.StintOver
 	1,  // 8: nsalloc.v1.Sandbox.state:type_name -> nsalloc.v1.SandboxState
-	9,  // 9: nsalloc.v1.Sandbox.bindings:type_name -> nsalloc.v1.Binding
-	11, // 10: nsalloc.v1.Sandbox.stints:type_name -> nsalloc.v1.Stint
-	17, // 11: nsalloc.v1.Sandbox.labels:type_name -> nsalloc.v1.Sandbox.LabelsEntry
-	10, // 12: nsalloc.v1.Sandbox.claimant:type_name -> nsalloc.v1.Claimant
-	19, // 13: nsalloc.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
+	10, // 9: nsalloc.v1.Sandbox.bindings:type_name -> nsalloc.v1.Binding
+	12, // 10: nsalloc.v1.Sandbox.stints:type_name -> nsalloc.v1.Stint
+	18, // 11: nsalloc.v1.Sandbox.labels:type_name -> nsalloc.v1.Sandbox.LabelsEntry
+	11, // 12: nsalloc.v1.Sandbox.claimant:type_name -> nsalloc.v1.Claimant
+	20, // 13: nsalloc.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
 	4,  // 14: nsalloc.v1.Checkpoint.state:type_name -> nsalloc.v1.CheckpointState
-	10, // 15: nsalloc.v1.Checkpoint.claimant:type_name -> nsalloc.v1.Claimant
-	19, // 16: nsalloc.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
-	19, // 17: nsalloc.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
-	7,  // 18: nsalloc.v1.Host.granted:type_name -> nsalloc.v1.Range
-	18, // 19: nsalloc.v1.Host.labels:type_name -> nsalloc.v1.Host.LabelsEntry
-	19, // 20: nsalloc.v1.Host.hello:type_name -> google.protobuf.Timestamp
+	11, // 15: nsalloc.v1.Checkpoint.claimant:type_name -> nsalloc.v1.Claimant
+	20, // 16: nsalloc.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
+	20, // 17: nsalloc.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
+	8,  // 18: nsalloc.v1.Host.granted:type_name -> nsalloc.v1.Range
+	19, // 19: nsalloc.v1.Host.labels:type_name -> nsalloc.v1.Host.LabelsEntry
+	20, // 20: nsalloc.v1.Host.hello:type_name -> google.protobuf.Timestamp
 	5,  // 21: nsalloc.v1.Policy.live:type_name -> nsalloc.v1.PolicyAction
 	5,  // 22: nsalloc.v1.Policy.over:type_name -> nsalloc.v1.PolicyAction
 	5,  // 23: nsalloc.v1.Policy.unknown:type_name -> nsalloc.v1.PolicyAction
-	6,  // 24: nsalloc.v1.Pool.state:type_name -> nsalloc.v1.PoolState
-	15, // 25: nsalloc.v1.Pool.policy:type_name -> nsalloc.v1.Policy
-	26, // [26:26] is the sub-list for method output_type
-	26, // [26:26] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	6,  // 24: nsalloc.v1.Policy.unheard_witness:type_name -> nsalloc.v1.UnheardWitness
+	7,  // 25: nsalloc.v1.Pool.state:type_name -> nsalloc.v1.PoolState
+	16, // 26: nsalloc.v1.Pool.policy:type_name -> nsalloc.v1.Policy
+	27, // [27:27] is the sub-list for method output_type
+	27, // [27:27] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_nsalloc_v1_types_proto_init() }
@@ -1639,7 +1709,7 @@ func file_nsalloc_v1_types_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nsalloc_v1_types_proto_rawDesc), len(file_nsalloc_v1_types_proto_rawDesc)),
-			NumEnums:      7,
+			NumEnums:      8,
 			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
