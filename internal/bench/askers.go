@@ -9,8 +9,6 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
 	"github.com/nsalloc/nsalloc/pkg/client"
@@ -22,6 +20,9 @@ var openers = map[string]func(context.Context, job) ([]asker, error){
 	"nsalloc":        openNsalloc,
 	"unary":          openUnary,
 	"stream":         openStream,
+	"stream-plain":   openPlainStream,
+	"stream-batch":   openStreamBatches,
+	"fsync":          openFsync,
 	"atomic":         openAtomic,
 	"counter":        openCounter,
 	"put":            openPut,
@@ -79,73 +80,6 @@ func serials(c *client.Client) asker {
 		}
 		return 1, err
 	}
-}
-
-// openUnary is gRPC and nothing of ours, with messages as large as ours.
-func openUnary(_ context.Context, j job) ([]asker, error) {
-	return each(j, func(int) (asker, error) {
-		conn, err := grpc.NewClient("dns:///"+j.Address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-		if err != nil {
-			return nil, err
-		}
-		stub, req := nsallocv1.NewAllocatorClient(conn), &nsallocv1.AllocateRequest{RequestId: client.NewRequestID(), Count: 1}
-		return func(ctx context.Context) (uint64, error) {
-			resp, err := stub.Allocate(ctx, req)
-			if err != nil {
-				return 0, err
-			}
-			_, err = firstOf(resp, req)
-			return 1, err
-		}, nil
-	})
-}
-
-// openGathered is one client of ours for all callers, whose requests do not go where they would, but to
-// answer: so that the gathering is the same wherever callers are gathered, and one request is on its way at
-// a time. answer takes count ids and returns the first.
-func openGathered(j job, answer func(ctx context.Context, req *nsallocv1.AllocateRequest) (first uint64, err error)) ([]asker, error) {
-	instead := func(ctx context.Context, _ string, req, reply any, _ *grpc.ClientConn, _ grpc.UnaryInvoker, _ ...grpc.CallOption) error {
-		r := req.(*nsallocv1.AllocateRequest)
-		id, err := answer(ctx, r)
-		if err != nil {
-			return err
-		}
-		reply.(*nsallocv1.AllocateResponse).Ranges = []*nsallocv1.Range{{First: id, Count: r.GetCount()}}
-		return nil
-	}
-	c, err := client.Dial("localhost:1", client.WithDialOptions(grpc.WithChainUnaryInterceptor(instead))) // nobody connects
-	return all(j, serials(c)), err
-}
-
-// openStream gathers into the messages of one stream.
-func openStream(ctx context.Context, j job) ([]asker, error) {
-	conn, err := grpc.NewClient("dns:///"+j.Address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		return nil, err
-	}
-	stream, err := conn.NewStream(ctx, &streamDesc, streamMethod)
-	if err != nil {
-		return nil, err
-	}
-	return openGathered(j, func(_ context.Context, req *nsallocv1.AllocateRequest) (uint64, error) {
-		if err := stream.SendMsg(req); err != nil {
-			return 0, err
-		}
-		resp := new(nsallocv1.AllocateResponse)
-		if err := stream.RecvMsg(resp); err != nil {
-			return 0, err
-		}
-		return firstOf(resp, req)
-	})
-}
-
-// firstOf is the first id of an echo's answer.
-func firstOf(resp *nsallocv1.AllocateResponse, req *nsallocv1.AllocateRequest) (uint64, error) {
-	r := resp.GetRanges()
-	if len(r) != 1 || r[0].GetCount() != req.GetCount() {
-		return 0, fmt.Errorf("%d were asked for, the answer is %v", req.GetCount(), r)
-	}
-	return r[0].GetFirst(), nil
 }
 
 // adds is how many atomic adds are one call: a clock read for each would be what is measured.

@@ -25,6 +25,7 @@ type job struct {
 	Shared  bool          `json:"shared"`
 	Name    string        `json:"name"` // of this process, in one row of one run
 	Time    time.Duration `json:"time"`
+	Dir     string        `json:"dir"`               // on the disk that is measured
 	Profile string        `json:"profile,omitempty"` // a file for its own CPU profile of that time
 	// Like is the transaction of a registration, for those who do the same without us.
 	Like *transaction `json:"like,omitempty"`
@@ -34,6 +35,7 @@ type result struct {
 	IDs     uint64        `json:"ids"`
 	Took    time.Duration `json:"took"`
 	Latency histogram     `json:"latency"`
+	CPU     time.Duration `json:"cpu"` // of the process, meanwhile
 }
 
 // asker asks once, waits for the answer, and tells how many ids, or sandboxes, that was.
@@ -48,6 +50,8 @@ type trial struct {
 	p50, p99 time.Duration
 	commits  float64 // of etcd, a second; 0 where there is none
 	entries  float64 // of etcd's raft log, an id
+	// Processor time an id: of the server, and of its callers.
+	server, callers time.Duration
 }
 
 // measure is one trial: it starts the callers, lets them warm up, and reads etcd's figures while they ask.
@@ -62,7 +66,7 @@ func measure(ctx context.Context, o options, r row, s *system) (t trial, err err
 		}
 	}()
 	for i := range n {
-		j := job{Ask: r.ask, Callers: r.load.Callers / n, Shared: r.load.Shared, Name: fmt.Sprintf("%s-%d", r.what, i), Time: o.time}
+		j := job{Ask: r.ask, Callers: r.load.Callers / n, Shared: r.load.Shared, Name: fmt.Sprintf("%s-%d", r.what, i), Time: o.time, Dir: o.dir}
 		if o.profile != "" {
 			j.Profile = filepath.Join(o.profile, fmt.Sprintf("%s-%s-%d.pprof", r.what, r.load, i))
 		}
@@ -99,12 +103,18 @@ func measure(ctx context.Context, o options, r row, s *system) (t trial, err err
 		}
 	}
 	var etcd etcdRate
-	if s != nil && s.etcd != nil {
-		if etcd, err = s.etcd.rate(ctx, func() error { return wait(o.time * 9 / 10) }); err != nil {
-			return t, err
+	var busy time.Duration // of the server, a second
+	err = s.busy(&busy, func() error {
+		if s == nil || s.etcd == nil {
+			return wait(o.time * 9 / 10)
 		}
+		etcd, err = s.etcd.rate(ctx, func() error { return wait(o.time * 9 / 10) })
+		return err
+	})
+	if err != nil {
+		return t, err
 	}
-	latency := newHistogram()
+	latency, callers := newHistogram(), 0.0
 	for _, p := range procs {
 		line, err := p.line()
 		if err != nil {
@@ -115,6 +125,7 @@ func measure(ctx context.Context, o options, r row, s *system) (t trial, err err
 			return t, err
 		}
 		t.rate += float64(res.IDs) / res.Took.Seconds()
+		callers += res.CPU.Seconds() / res.Took.Seconds()
 		latency.merge(res.Latency)
 	}
 	if t.rate == 0 {
@@ -122,6 +133,7 @@ func measure(ctx context.Context, o options, r row, s *system) (t trial, err err
 	}
 	t.p50, t.p99 = latency.quantile(.5), latency.quantile(.99)
 	t.commits, t.entries = etcd.revisions, etcd.entries/t.rate
+	t.server, t.callers = time.Duration(float64(busy)/t.rate), time.Duration(callers*1e9/t.rate)
 	return t, nil
 }
 
@@ -242,7 +254,7 @@ func callersRole() error {
 		}
 		defer pprof.StopCPUProfile()
 	}
-	began := time.Now()
+	began, cpu := time.Now(), ownCPU()
 	phase.Store(measuring)
 	timer := time.NewTimer(j.Time)
 	select {
@@ -255,6 +267,7 @@ func callersRole() error {
 	case <-failed:
 	}
 	took := time.Since(began)
+	cpu = ownCPU() - cpu
 	phase.Store(over)
 	defer time.AfterFunc(patience, cancel).Stop()
 	time.AfterFunc(time.Second, cancel)
@@ -262,7 +275,7 @@ func callersRole() error {
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("%s: %s", j.Ask, first(err.Error()))
 	}
-	res := result{Took: took, Latency: newHistogram()}
+	res := result{Took: took, CPU: cpu, Latency: newHistogram()}
 	for i := range askers {
 		res.IDs += counts[i]
 		res.Latency.merge(latencies[i])

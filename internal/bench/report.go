@@ -101,10 +101,10 @@ func (res *results) table(b *strings.Builder) {
 			if r.group == groupRegs {
 				unit = "sandboxes"
 			}
-			fmt.Fprintf(b, "\n## %s\n\n| | load | %s/s | least..most | p50 | p99 | etcd commits/s | log entries/%s |\n|---|---|--:|--:|--:|--:|--:|--:|\n", group, unit, r.unit())
+			fmt.Fprintf(b, "\n## %s\n\n| | load | %s/s | least..most | p50 | p99 | etcd commits/s | log entries/%s | CPU µs/%s |\n|---|---|--:|--:|--:|--:|--:|--:|--:|\n", group, unit, r.unit(), r.unit())
 		}
 		if why, ok := res.missing[r.on]; ok {
-			fmt.Fprintf(b, "| %s | %s | missing: %s | | | | | |\n", r.words, r.load.words(), why)
+			fmt.Fprintf(b, "| %s | %s | missing: %s | | | | | | |\n", r.words, r.load.words(), why)
 			continue
 		}
 		ids := res.of(r.name(), rate)
@@ -115,11 +115,15 @@ func (res *results) table(b *strings.Builder) {
 			commits = count(c.median)
 			entries = significant(res.of(r.name(), func(t trial) float64 { return t.entries }).median)
 		}
+		cpu := significant(res.of(r.name(), func(t trial) float64 { return t.callers.Seconds() * 1e6 }).median)
+		if r.on != "" {
+			cpu = significant(res.of(r.name(), func(t trial) float64 { return t.server.Seconds() * 1e6 }).median) + " + " + cpu
+		}
 		times := fmt.Sprintf("%s | %s", duration(p50.median), duration(p99.median))
 		if r.ask == "atomic" {
 			times = " | " // it is not a call
 		}
-		fmt.Fprintf(b, "| %s | %s | %s | %s..%s | %s | %s | %s |\n", r.words, r.load.words(), count(ids.median), count(ids.least), count(ids.most), times, commits, entries)
+		fmt.Fprintf(b, "| %s | %s | %s | %s..%s | %s | %s | %s | %s |\n", r.words, r.load.words(), count(ids.median), count(ids.least), count(ids.most), times, commits, entries, cpu)
 	}
 }
 
@@ -160,6 +164,7 @@ func (res *results) explain(b *strings.Builder) {
   caller waits for its answer before the next one asks; gathered INCRBY is what pipelining is to callers who wait.
 - etcd commits are transactions that changed something; log entries are all that raft took, with those whose
   comparisons failed.
+- CPU is the processor time of the server, with the etcd in it, and that of its callers.
 - A ratio is taken in each round; the middle of those decides.
 `)
 	var names []string

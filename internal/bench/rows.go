@@ -80,6 +80,9 @@ func allRows() (rows []row) {
 	add(groupLimits, "echo", "gRPC unary echo", "unary", "echo", one, some, many)
 	add(groupLimits, "echo-client", "gRPC unary echo, our client", "nsalloc", "echo", many, crowd, spread)
 	add(groupLimits, "stream", "gRPC stream echo, gathered", "stream", "echo", crowd)
+	add(groupLimits, "stream-plain", "gRPC stream echo, gathered by channels", "stream-plain", "echo", crowd)
+	add(groupLimits, "stream-batch", "gRPC stream echo, 1000 ids a message", "stream-batch", "echo", one)
+	add(groupLimits, "fsync", "2 KiB written and synced to the disk", "fsync", "", one)
 	add(groupLimits, "atomic", "atomic add in the process", "atomic", "", one, many)
 
 	add(groupEtcd, "etcd-counter", "etcd counter, compare-and-swap", "counter", "etcd", one, some, many)

@@ -26,6 +26,7 @@ type system struct {
 	version string
 	like    *transaction // what registrations are measured against
 	etcd    *etcdMeter
+	pid     int
 	end     func()
 }
 
@@ -120,7 +121,7 @@ func startNsalloc(s *systems, dir string) (*system, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w (`make build` builds it; -server names another)", err)
 	}
-	sys := &system{end: end}
+	sys := &system{pid: p.cmd.Process.Pid, end: end}
 	for {
 		line, err := p.line()
 		if err != nil {
@@ -155,7 +156,7 @@ func (s *systems) startSelf(role string, args ...string) (*system, error) {
 		end()
 		return nil, fmt.Errorf("it ended before it was ready: %w", err)
 	}
-	return &system{address: strings.TrimSpace(line), end: end}, nil
+	return &system{address: strings.TrimSpace(line), pid: p.cmd.Process.Pid, end: end}, nil
 }
 
 func startEcho(s *systems, _ string) (*system, error) { return s.startSelf("echo") }
@@ -190,11 +191,11 @@ func startRedis(s *systems, dir string) (*system, error) {
 	if strings.HasSuffix(dir, "always") {
 		args = append(args[:len(args)-1], "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0")
 	}
-	_, end, err := s.spawn(exec.Command(path, args...), syscall.SIGTERM)
+	p, end, err := s.spawn(exec.Command(path, args...), syscall.SIGTERM)
 	if err != nil {
 		return nil, err
 	}
-	sys := &system{address: "127.0.0.1:" + port, end: end, version: versionOf(path)}
+	sys := &system{address: "127.0.0.1:" + port, pid: p.cmd.Process.Pid, end: end, version: versionOf(path)}
 	return sys, s.await(sys, func(ctx context.Context) error {
 		r, err := dialRedis(ctx, sys.address)
 		if err != nil {
@@ -239,11 +240,11 @@ func startPostgres(s *systems, dir string) (*system, error) {
 	cmd := exec.Command(filepath.Join(bin, "postgres"), "-D", data, "-p", port, "-c", "listen_addresses=127.0.0.1", "-k", "",
 		"-c", "max_connections=300", "-c", "fsync=on", "-c", "checkpoint_timeout=1h", "-c", "log_min_messages=fatal")
 	cmd.Dir, cmd.SysProcAttr = dir, attr
-	_, end, err := s.spawn(cmd, syscall.SIGINT) // at once, whoever is connected
+	p, end, err := s.spawn(cmd, syscall.SIGINT) // at once, whoever is connected
 	if err != nil {
 		return nil, err
 	}
-	sys := &system{address: "127.0.0.1:" + port, end: end, version: versionOf(cmd.Path)}
+	sys := &system{address: "127.0.0.1:" + port, pid: p.cmd.Process.Pid, end: end, version: versionOf(cmd.Path)}
 	return sys, s.await(sys, func(ctx context.Context) error {
 		p, err := dialPostgres(ctx, sys.address)
 		if err != nil {
