@@ -36,8 +36,13 @@ func notStorable(rec alloc.Record, err error) *alloc.Error {
 		Msg: "it cannot be stored, nothing was sent", Err: err}
 }
 
-// encoder turns domain values into messages; err is the first thing that has no stored form.
-type encoder struct{ err error }
+// encoder turns domain values into messages; err is the first thing that has no stored form. Where times are the
+// same, which is so for most of one record, its messages share one.
+type encoder struct {
+	err   error
+	last  time.Time
+	stamp *timestamppb.Timestamp // of last
+}
 
 func (e *encoder) fail(format string, args ...any) {
 	if e.err == nil {
@@ -57,11 +62,14 @@ func (e *encoder) time(t time.Time) *timestamppb.Timestamp {
 	if t.IsZero() {
 		return nil
 	}
-	ts := timestamppb.New(t)
-	if err := ts.CheckValid(); err != nil {
+	if e.stamp != nil && e.last.Equal(t) {
+		return e.stamp
+	}
+	e.last, e.stamp = t, timestamppb.New(t)
+	if err := e.stamp.CheckValid(); err != nil {
 		e.fail("time %v: %w", t, err)
 	}
-	return ts
+	return e.stamp
 }
 
 // extra puts back what decode found and did not know.
@@ -141,9 +149,10 @@ func (e *encoder) sandbox(s *alloc.Sandbox) proto.Message {
 		OfHost: s.OfHost, Labels: s.Labels, Checkpoint: uint64(s.Checkpoint), Created: e.time(s.Created),
 		Requests: marks(s.Requests.Marks), Forgotten: s.Requests.Forgotten,
 	}
-	m.Bindings = make([]*storepb.Binding, 0, len(s.Bindings))
-	for _, b := range s.Bindings {
-		m.Bindings = append(m.Bindings, e.binding(b))
+	m.Bindings = make([]*storepb.Binding, len(s.Bindings))
+	made := make([]storedBinding, len(s.Bindings)) // at once: a registration has hundreds
+	for i := range s.Bindings {
+		m.Bindings[i] = e.binding(&made[i], &s.Bindings[i])
 	}
 	for _, st := range s.Stints {
 		m.Stints = append(m.Stints, e.stint(st))
@@ -157,15 +166,20 @@ func (e *encoder) sandbox(s *alloc.Sandbox) proto.Message {
 	return extra(m, s.Extra)
 }
 
-func (e *encoder) binding(b alloc.Binding) *storepb.Binding {
-	m := &storepb.Binding{
-		Serial: uint64(b.Serial), Type: stored(e, namespaceTypes, b.Type), Parent: uint64(b.Parent),
-		Bound: e.time(b.Bound), Gone: e.time(b.Gone),
+// storedBinding is a binding's messages.
+type storedBinding struct {
+	binding storepb.Binding
+	kernel  storepb.KernelID
+}
+
+func (e *encoder) binding(m *storedBinding, b *alloc.Binding) *storepb.Binding {
+	m.binding.Serial, m.binding.Type, m.binding.Parent = uint64(b.Serial), stored(e, namespaceTypes, b.Type), uint64(b.Parent)
+	m.binding.Bound, m.binding.Gone = e.time(b.Bound), e.time(b.Gone)
+	if k := &b.Kernel; !k.IsZero() {
+		m.kernel.BootId, m.kernel.Id, m.kernel.Inode, m.kernel.Weak = k.BootID, k.ID, k.Inode, k.Weak
+		m.binding.Kernel = &m.kernel
 	}
-	if k := b.Kernel; !k.IsZero() {
-		m.Kernel = &storepb.KernelID{BootId: k.BootID, Id: k.ID, Inode: k.Inode, Weak: k.Weak}
-	}
-	return extra(m, b.Extra)
+	return extra(&m.binding, b.Extra)
 }
 
 func (e *encoder) stint(s alloc.Stint) *storepb.Stint {

@@ -50,7 +50,7 @@ func RegisterRequest(cmd alloc.RegisterCommand) *nsallocv1.RegisterRequest {
 	req := &nsallocv1.RegisterRequest{RequestId: cmd.RequestID, Incarnation: uint64(cmd.Incarnation), Spend: RangesToWire(cmd.Spend)}
 	for _, it := range cmd.Items {
 		req.Items = append(req.Items, &nsallocv1.RegisterItem{
-			Sandbox: uint64(it.Sandbox), Epoch: uint64(it.Epoch), Add: bindingsToWire(it.Add), Gone: serialsToWire(it.Gone),
+			Sandbox: uint64(it.Sandbox), Epoch: uint64(it.Epoch), Add: bindingsToWire(it.Add, new(stamps)), Gone: serialsToWire(it.Gone),
 			Labels: it.Labels, OfHost: it.OfHost, ParentCheckpoint: uint64(it.ParentCheckpoint), Part: serialsToWire(it.Part),
 		})
 	}
@@ -170,7 +170,7 @@ func BindRequest(cmd alloc.BindCommand) *nsallocv1.BindRequest {
 	return &nsallocv1.BindRequest{
 		RequestId: cmd.RequestID, Incarnation: uint64(cmd.Incarnation), Spend: RangesToWire(cmd.Spend), Sandbox: uint64(cmd.Sandbox), Epoch: uint64(cmd.Epoch),
 		Claimant: &nsallocv1.Claimant{BootId: cmd.BootID, Run: cmd.Run},
-		Bindings: bindingsToWire(cmd.Bindings), Fresh: bindingsToWire(cmd.Fresh), Labels: cmd.Labels,
+		Bindings: bindingsToWire(cmd.Bindings, new(stamps)), Fresh: bindingsToWire(cmd.Fresh, new(stamps)), Labels: cmd.Labels,
 	}
 }
 

@@ -41,14 +41,7 @@ func KernelIDFromWire(k *nsallocv1.KernelId) alloc.KernelID {
 
 // BindingToWire converts a binding.
 func BindingToWire(b alloc.Binding) *nsallocv1.Binding {
-	return &nsallocv1.Binding{
-		Serial: uint64(b.Serial),
-		Type:   namespaceTypes.value(b.Type),
-		Kernel: KernelIDToWire(b.Kernel),
-		Parent: uint64(b.Parent),
-		Bound:  timeToWire(b.Bound),
-		Gone:   timeToWire(b.Gone),
-	}
+	return bindingsToWire([]alloc.Binding{b}, new(stamps))[0]
 }
 
 // BindingFromWire converts a binding.
@@ -63,10 +56,22 @@ func BindingFromWire(b *nsallocv1.Binding) alloc.Binding {
 	}
 }
 
-func bindingsToWire(bs []alloc.Binding) []*nsallocv1.Binding {
-	out := make([]*nsallocv1.Binding, 0, len(bs))
-	for _, b := range bs {
-		out = append(out, BindingToWire(b))
+// bindingsToWire makes all messages at once: one registration's answer has thousands.
+func bindingsToWire(bs []alloc.Binding, times *stamps) []*nsallocv1.Binding {
+	out := make([]*nsallocv1.Binding, len(bs))
+	made := make([]struct {
+		binding nsallocv1.Binding
+		kernel  nsallocv1.KernelId
+	}, len(bs))
+	for i := range bs {
+		b, m := &bs[i], &made[i]
+		m.binding.Serial, m.binding.Type, m.binding.Parent = uint64(b.Serial), namespaceTypes.value(b.Type), uint64(b.Parent)
+		m.binding.Bound, m.binding.Gone = times.wire(b.Bound), times.wire(b.Gone)
+		if k := &b.Kernel; !k.IsZero() {
+			m.kernel.BootId, m.kernel.Id, m.kernel.Inode, m.kernel.Weak = k.BootID, k.ID, k.Inode, k.Weak
+			m.binding.Kernel = &m.kernel
+		}
+		out[i] = &m.binding
 	}
 	return out
 }
@@ -102,24 +107,25 @@ func ClaimantFromWire(c *nsallocv1.Claimant) alloc.Claimant {
 	return alloc.Claimant{Host: c.GetHost(), BootID: c.GetBootId(), Run: c.GetRun()}
 }
 
-// SandboxToWire converts a sandbox.
+// SandboxToWire converts a sandbox. Where times are the same the messages share one.
 func SandboxToWire(s *alloc.Sandbox) *nsallocv1.Sandbox {
 	if s == nil {
 		return nil
 	}
+	var times stamps
 	out := &nsallocv1.Sandbox{
 		Serial:     uint64(s.Serial),
 		State:      sandboxStates.value(s.State),
 		Owner:      s.Owner,
 		Epoch:      uint64(s.Epoch),
 		OfHost:     s.OfHost,
-		Bindings:   bindingsToWire(s.Bindings),
+		Bindings:   bindingsToWire(s.Bindings, &times),
 		Labels:     s.Labels,
 		Checkpoint: uint64(s.Checkpoint),
-		Created:    timeToWire(s.Created),
+		Created:    times.wire(s.Created),
 	}
 	for _, st := range s.Stints {
-		out.Stints = append(out.Stints, StintToWire(st))
+		out.Stints = append(out.Stints, stintToWire(st, &times))
 	}
 	if s.Claim != nil {
 		out.Claimant, out.ClaimExe = ClaimantToWire(s.Claim.Claimant), s.Claim.Exe
@@ -159,12 +165,14 @@ func SandboxFromWire(s *nsallocv1.Sandbox) *alloc.Sandbox {
 }
 
 // StintToWire converts a stint.
-func StintToWire(st alloc.Stint) *nsallocv1.Stint {
+func StintToWire(st alloc.Stint) *nsallocv1.Stint { return stintToWire(st, new(stamps)) }
+
+func stintToWire(st alloc.Stint, times *stamps) *nsallocv1.Stint {
 	return &nsallocv1.Stint{
 		Host:       st.Host,
 		Epoch:      uint64(st.Epoch),
-		From:       timeToWire(st.From),
-		To:         timeToWire(st.To),
+		From:       times.wire(st.From),
+		To:         times.wire(st.To),
 		Began:      stintBegans.value(st.Began),
 		Over:       stintOvers.value(st.Over),
 		Checkpoint: uint64(st.Checkpoint),

@@ -138,6 +138,22 @@ func timeToWire(t time.Time) *timestamppb.Timestamp {
 	return timestamppb.New(t)
 }
 
+// stamps converts times, most of which are the same as the one before. Nobody changes what it makes.
+type stamps struct {
+	last time.Time
+	made *timestamppb.Timestamp
+}
+
+func (s *stamps) wire(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	if s.made == nil || !s.last.Equal(t) {
+		s.last, s.made = t, timestamppb.New(t)
+	}
+	return s.made
+}
+
 func timeFromWire(t *timestamppb.Timestamp) time.Time {
 	if t == nil {
 		return time.Time{}
