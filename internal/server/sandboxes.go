@@ -15,15 +15,12 @@ type sandboxes struct {
 }
 
 func (s sandboxes) Register(ctx context.Context, req *nsallocv1.RegisterRequest) (*nsallocv1.RegisterResponse, error) {
-	committed, granted, err := s.service.Register(ctx, wire.RegisterCommand(req, caller(ctx).Name))
+	cmd := wire.RegisterCommand(req, caller(ctx).Name)
+	committed, granted, err := s.service.Register(ctx, cmd)
 	if err != nil {
 		return nil, err
 	}
-	resp := &nsallocv1.RegisterResponse{Granted: wire.RangesToWire(granted)}
-	for _, sb := range committed {
-		resp.Sandboxes = append(resp.Sandboxes, wire.SandboxToWire(sb))
-	}
-	return resp, nil
+	return wire.RegisterResponse(cmd, committed, granted, req.GetBrief()), nil
 }
 
 func (s sandboxes) End(ctx context.Context, req *nsallocv1.EndRequest) (*nsallocv1.EndResponse, error) {

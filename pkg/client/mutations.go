@@ -35,11 +35,8 @@ func (c *Client) Register(ctx context.Context, cmd alloc.RegisterCommand) ([]*al
 	if err != nil {
 		return nil, nil, err
 	}
-	out := make([]*alloc.Sandbox, 0, len(resp.GetSandboxes()))
-	for _, s := range resp.GetSandboxes() {
-		out = append(out, wire.SandboxFromWire(s))
-	}
-	return out, wire.RangesFromWire(resp.GetGranted()), nil
+	out, left := wire.RegisterAnswer(cmd, resp)
+	return out, left, nil
 }
 
 // End records that a sandbox's processes were seen gone.

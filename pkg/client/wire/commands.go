@@ -2,6 +2,8 @@ package wire
 
 import (
 	"fmt"
+	"slices"
+	"time"
 
 	nsallocv1 "github.com/nsalloc/nsalloc/api/proto/nsalloc/v1"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
@@ -47,10 +49,11 @@ func GrantCommand(req *nsallocv1.GrantRequest, host string) alloc.GrantCommand {
 
 // RegisterRequest is cmd on the wire.
 func RegisterRequest(cmd alloc.RegisterCommand) *nsallocv1.RegisterRequest {
-	req := &nsallocv1.RegisterRequest{RequestId: cmd.RequestID, Incarnation: uint64(cmd.Incarnation), Spend: RangesToWire(cmd.Spend)}
+	req := &nsallocv1.RegisterRequest{RequestId: cmd.RequestID, Incarnation: uint64(cmd.Incarnation), Spend: RangesToWire(cmd.Spend), Brief: true}
+	var times stamps
 	for _, it := range cmd.Items {
 		req.Items = append(req.Items, &nsallocv1.RegisterItem{
-			Sandbox: uint64(it.Sandbox), Epoch: uint64(it.Epoch), Add: bindingsToWire(it.Add, new(stamps)), Gone: serialsToWire(it.Gone),
+			Sandbox: uint64(it.Sandbox), Epoch: uint64(it.Epoch), Add: bindingsToWire(it.Add, &times), Gone: serialsToWire(it.Gone),
 			Labels: it.Labels, OfHost: it.OfHost, ParentCheckpoint: uint64(it.ParentCheckpoint), Part: serialsToWire(it.Part),
 		})
 	}
@@ -67,6 +70,45 @@ func RegisterCommand(req *nsallocv1.RegisterRequest, host string) alloc.Register
 		})
 	}
 	return cmd
+}
+
+// RegisterResponse is what cmd committed. A brief one leaves out the bindings that RegisterAnswer knows from cmd.
+func RegisterResponse(cmd alloc.RegisterCommand, committed []*alloc.Sandbox, granted alloc.Ranges, brief bool) *nsallocv1.RegisterResponse {
+	resp := &nsallocv1.RegisterResponse{Granted: RangesToWire(granted), Sandboxes: make([]*nsallocv1.Sandbox, 0, len(committed))}
+	for i, sb := range committed {
+		if brief && asAdded(sb, cmd.Items[i].Add) {
+			without := *sb
+			without.Bindings = nil
+			sb, resp.AsAdded = &without, append(resp.AsAdded, uint64(sb.Serial))
+		}
+		resp.Sandboxes = append(resp.Sandboxes, SandboxToWire(sb))
+	}
+	return resp
+}
+
+// asAdded reports whether a sandbox has what an item adds, in that order, and nothing else. A retry finds what
+// became of it since.
+func asAdded(sb *alloc.Sandbox, add []alloc.Binding) bool {
+	return slices.EqualFunc(sb.Bindings, add, func(b, a alloc.Binding) bool {
+		return b.Serial == a.Serial && b.Type == a.Type && b.Kernel == a.Kernel && b.Parent == a.Parent && b.Bound.Equal(sb.Created) && b.Gone.IsZero()
+	})
+}
+
+// RegisterAnswer is what the server answers to cmd.
+func RegisterAnswer(cmd alloc.RegisterCommand, resp *nsallocv1.RegisterResponse) ([]*alloc.Sandbox, alloc.Ranges) {
+	out, left := make([]*alloc.Sandbox, 0, len(resp.GetSandboxes())), resp.GetAsAdded()
+	for i, s := range resp.GetSandboxes() {
+		sb := SandboxFromWire(s)
+		if i < len(cmd.Items) && len(left) > 0 && left[0] == s.GetSerial() { // in the same order
+			left = left[1:]
+			sb.Bindings = slices.Clone(cmd.Items[i].Add)
+			for k := range sb.Bindings {
+				sb.Bindings[k].Bound, sb.Bindings[k].Gone = sb.Created, time.Time{}
+			}
+		}
+		out = append(out, sb)
+	}
+	return out, RangesFromWire(resp.GetGranted())
 }
 
 // EndRequest is cmd on the wire.

@@ -227,6 +227,52 @@ func TestCommands(t *testing.T) {
 	}
 }
 
+// TestRegisterBrief: a brief answer says the same as a whole one, whatever became of the sandboxes since.
+func TestRegisterBrief(t *testing.T) {
+	const s = alloc.Serial(1<<48 | 1)
+	at := time.Now().UTC().Round(0)
+	fresh := func(serial alloc.Serial) (*alloc.Sandbox, alloc.RegisterItem) {
+		item := alloc.RegisterItem{Sandbox: serial, Labels: map[string]string{"k": "v"}}
+		sb := &alloc.Sandbox{Serial: serial, State: alloc.StateRunning, Owner: "h", Epoch: 1 << 48, Labels: item.Labels, Created: at}
+		for i, ns := range []alloc.NamespaceType{alloc.Net, alloc.Mnt} {
+			b := alloc.Binding{Serial: serial + 1 + alloc.Serial(i), Type: ns, Kernel: alloc.KernelID{BootID: "b", ID: uint64(serial), Inode: 2}, Parent: 7}
+			item.Add = append(item.Add, b)
+			b.Bound = at
+			sb.Bindings = append(sb.Bindings, b)
+		}
+		return sb, item
+	}
+	for name, change := range map[string]func(*alloc.Sandbox){
+		"as it was made":       func(*alloc.Sandbox) {},
+		"one is gone":          func(sb *alloc.Sandbox) { sb.Bindings[1].Gone = at.Add(1) },
+		"one was added":        func(sb *alloc.Sandbox) { sb.Bindings = append(sb.Bindings, alloc.Binding{Serial: s + 5, Bound: at}) },
+		"one was parted with":  func(sb *alloc.Sandbox) { sb.Bindings = sb.Bindings[1:] },
+		"restored elsewhere":   func(sb *alloc.Sandbox) { sb.Owner, sb.Bindings[0].Kernel.BootID = "i", "c" },
+		"one is older than it": func(sb *alloc.Sandbox) { sb.Bindings[0].Bound = at.Add(-1) },
+		"another serial":       func(sb *alloc.Sandbox) { sb.Bindings[0].Serial = s + 8 },
+		"another type":         func(sb *alloc.Sandbox) { sb.Bindings[0].Type = alloc.IPC },
+		"another parent":       func(sb *alloc.Sandbox) { sb.Bindings[0].Parent = 0 },
+		"parted with all":      func(sb *alloc.Sandbox) { sb.Bindings = nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			changed, first := fresh(s)
+			change(changed)
+			second, item := fresh(s + 10)
+			cmd := alloc.RegisterCommand{Items: []alloc.RegisterItem{first, item}}
+			want := []*alloc.Sandbox{changed, second}
+			for _, brief := range []bool{false, true} {
+				resp := through(t, RegisterResponse(cmd, want, alloc.Ranges{{First: s + 90, Count: 3}}, brief))
+				if n := len(resp.GetSandboxes()[1].GetBindings()); brief != (n == 0) {
+					t.Errorf("brief %v: %d bindings of the one that is as asked for", brief, n)
+				}
+				got, left := RegisterAnswer(cmd, resp)
+				same(t, got, want)
+				same(t, left, alloc.Ranges{{First: s + 90, Count: 3}})
+			}
+		})
+	}
+}
+
 func TestStatus(t *testing.T) {
 	for _, c := range []struct {
 		err  error

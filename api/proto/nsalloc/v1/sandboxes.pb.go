@@ -150,7 +150,10 @@ type RegisterRequest struct {
 	// The serials spent, exactly from the front of what the host holds.
 	Spend []*Range `protobuf:"bytes,3,rep,name=spend,proto3" json:"spend,omitempty"`
 	// What to record.
-	Items         []*RegisterItem `protobuf:"bytes,4,rep,name=items,proto3" json:"items,omitempty"`
+	Items []*RegisterItem `protobuf:"bytes,4,rep,name=items,proto3" json:"items,omitempty"`
+	// The answer may leave out bindings, as as_added says: a caller who knows what it asked for is answered faster.
+	// This is no part of what is asked for: of two tries one may have it.
+	Brief         bool `protobuf:"varint,5,opt,name=brief,proto3" json:"brief,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -211,6 +214,13 @@ func (x *RegisterRequest) GetItems() []*RegisterItem {
 		return x.Items
 	}
 	return nil
+}
+
+func (x *RegisterRequest) GetBrief() bool {
+	if x != nil {
+		return x.Brief
+	}
+	return false
 }
 
 // RegisterItem is a new sandbox, or a change of one that runs on the caller.
@@ -334,7 +344,10 @@ type RegisterResponse struct {
 	// One an item.
 	Sandboxes []*Sandbox `protobuf:"bytes,1,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
 	// What the host has left to spend.
-	Granted       []*Range `protobuf:"bytes,2,rep,name=granted,proto3" json:"granted,omitempty"`
+	Granted []*Range `protobuf:"bytes,2,rep,name=granted,proto3" json:"granted,omitempty"`
+	// Those of the sandboxes whose bindings are left out because they are exactly what the item adds, in that order,
+	// bound when the sandbox was created. None unless the request was brief.
+	AsAdded       []uint64 `protobuf:"fixed64,3,rep,packed,name=as_added,json=asAdded,proto3" json:"as_added,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -379,6 +392,13 @@ func (x *RegisterResponse) GetSandboxes() []*Sandbox {
 func (x *RegisterResponse) GetGranted() []*Range {
 	if x != nil {
 		return x.Granted
+	}
+	return nil
+}
+
+func (x *RegisterResponse) GetAsAdded() []uint64 {
+	if x != nil {
+		return x.AsAdded
 	}
 	return nil
 }
@@ -895,13 +915,14 @@ const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"\x05limit\x18\x03 \x01(\rR\x05limit\"a\n" +
 	"\x18SandboxesHistoryResponse\x12)\n" +
 	"\x06stints\x18\x01 \x03(\v2\x11.nsalloc.v1.StintR\x06stints\x12\x1a\n" +
-	"\brevision\x18\x02 \x01(\x03R\brevision\"\xab\x01\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\"\xc1\x01\n" +
 	"\x0fRegisterRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12'\n" +
 	"\x05spend\x18\x03 \x03(\v2\x11.nsalloc.v1.RangeR\x05spend\x12.\n" +
-	"\x05items\x18\x04 \x03(\v2\x18.nsalloc.v1.RegisterItemR\x05items\"\xcc\x02\n" +
+	"\x05items\x18\x04 \x03(\v2\x18.nsalloc.v1.RegisterItemR\x05items\x12\x14\n" +
+	"\x05brief\x18\x05 \x01(\bR\x05brief\"\xcc\x02\n" +
 	"\fRegisterItem\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\x06R\asandbox\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\x12%\n" +
@@ -913,10 +934,11 @@ const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"\x04part\x18\b \x03(\x06R\x04part\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"r\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8d\x01\n" +
 	"\x10RegisterResponse\x121\n" +
 	"\tsandboxes\x18\x01 \x03(\v2\x13.nsalloc.v1.SandboxR\tsandboxes\x12+\n" +
-	"\agranted\x18\x02 \x03(\v2\x11.nsalloc.v1.RangeR\agranted\"}\n" +
+	"\agranted\x18\x02 \x03(\v2\x11.nsalloc.v1.RangeR\agranted\x12\x19\n" +
+	"\bas_added\x18\x03 \x03(\x06R\aasAdded\"}\n" +
 	"\n" +
 	"EndRequest\x12\x1d\n" +
 	"\n" +
