@@ -11,6 +11,7 @@
 package etcdembed
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -56,6 +57,8 @@ type Config struct {
 	// Listen is a unix socket's absolute path, or http://127.0.0.1:PORT, where port 0 takes a free
 	// one. Empty is etcd.sock in Dir.
 	Listen string
+	// Quota is how many bytes the database takes before writes are refused (etcd's NOSPACE); 0 is 8 GiB.
+	Quota int64
 	// Logger gets etcd's warnings and errors; nil is none.
 	Logger *slog.Logger
 }
@@ -101,7 +104,7 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 		return nil, err
 	}
 	closing := new(atomic.Bool)
-	s, err := start(ctx, settings(dir, listen, zapTo(cfg.Logger, closing)), listen)
+	s, err := start(ctx, settings(dir, listen, cmp.Or(cfg.Quota, quota), zapTo(cfg.Logger, closing)), listen)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("embedded etcd in %s: %w", dir, err), lock.Close())
 	}
@@ -146,7 +149,7 @@ func listenURL(listen, dir string) (*url.URL, error) {
 	return u, nil
 }
 
-func settings(dir string, listen *url.URL, logger *zap.Logger) *embed.Config {
+func settings(dir string, listen *url.URL, quota int64, logger *zap.Logger) *embed.Config {
 	cfg := embed.NewConfig()
 	cfg.Name = memberName
 	cfg.Dir = filepath.Join(dir, dataName)

@@ -19,14 +19,14 @@ func invalid(subject, msg string) *alloc.Error {
 
 func unavailable(subject, msg string, err error) *alloc.Error {
 	return &alloc.Error{Reason: alloc.ReasonUnavailable, Subject: subject, Msg: msg, Err: err, RetryAfter: retrySoon,
-		Fix: orElse(fix(err), "check that etcd runs and is reached; try again")}
+		Fix: orElse(fix(err), "check that etcd runs, is reached, and has room on its disk (its log says why it ended); try again")}
 }
 
 // fix is what an operator can do about an error of etcd.
 func fix(err error) string {
 	switch err := rpctypes.Error(err); {
 	case errors.Is(err, rpctypes.ErrNoSpace):
-		return "compact and defragment etcd or raise its quota, then disarm its NOSPACE alarm"
+		return "compact and defragment etcd or raise its quota, then disarm its NOSPACE alarm: docs/install.md, \"When a disk is full\""
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
 		return "grant this etcd user read and write on the prefix " + root
 	case errors.Is(err, rpctypes.ErrInvalidAuthToken), errors.Is(err, rpctypes.ErrUserEmpty), errors.Is(err, rpctypes.ErrAuthFailed):
@@ -43,7 +43,7 @@ func fix(err error) string {
 // Each was looked up in etcd 3.7's server; whatever is not here is an unknown outcome.
 //
 // Not here, though it looks so: ErrNoSpace. quotaApplierV3.Txn (etcdserver/apply/quota.go) applies
-// the transaction and then answers ErrNoSpace. Neither are ErrStopped, ErrLeaderChanged and the
+// the transaction and then answers ErrNoSpace; Store.full asks which it was. Neither are ErrStopped, ErrLeaderChanged and the
 // ErrTimeouts: they end the wait for a proposal that was made (processInternalRaftRequestOnce in
 // etcdserver/v3_server.go). Nor ErrCorrupt: one member refuses, others may apply.
 var unapplied = []error{

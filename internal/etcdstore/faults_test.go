@@ -212,6 +212,9 @@ type lying struct {
 }
 
 func (l *lying) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
+	if len(r.Success) == 0 { // it asks, and changes nothing
+		return l.real.Txn(ctx, r)
+	}
 	l.calls.Add(1)
 	if _, err := l.real.Txn(ctx, r); err != nil {
 		return nil, err

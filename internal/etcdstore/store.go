@@ -176,6 +176,9 @@ func (s *Store) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error)
 	ctx, sent := withSent(ctx)
 	resp, err := s.kv.Txn(ctx, req, callOptions...)
 	if err != nil {
+		if full := s.full(ctx, req, err); full != nil {
+			return 0, full
+		}
 		return 0, commitError(err, sent.Load())
 	}
 	if !resp.Succeeded {
