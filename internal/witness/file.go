@@ -73,8 +73,11 @@ func Open(dir string) (w *File, fresh bool, err error) {
 		return nil, false, err
 	}
 	if len(data) == 0 {
-		fresh = true // it was made, and nothing was ever seen
-		return w, fresh, w.begin(dir)
+		// It was made, and nothing was ever seen.
+		if err = w.begin(dir); err != nil {
+			return nil, false, fmt.Errorf("%w: what this server sees of its pool is kept there; make room on its disk, or mount it writable", err)
+		}
+		return w, true, nil
 	}
 	found := false
 	for i := range 2 {

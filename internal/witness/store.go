@@ -316,7 +316,8 @@ func (s *Store) sound(ctx context.Context) (made uint64, err error) {
 		select {
 		case s.verifying <- struct{}{}:
 		case <-ctx.Done():
-			return 0, &alloc.Error{Reason: alloc.ReasonUnavailable, Msg: "the deadline passed while the store was verified; nothing was written", Fix: "try again",
+			return 0, &alloc.Error{Reason: alloc.ReasonUnavailable, Msg: "the deadline passed while the store was verified; nothing was written",
+				Fix:        "check that etcd runs, is reached, and has room on its disk (its log says why it ended); try again",
 				RetryAfter: retrySoon, Err: context.Cause(ctx)}
 		}
 		err := s.verify(ctx)
