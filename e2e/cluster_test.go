@@ -116,11 +116,9 @@ func (o clusterOptions) start(t testing.TB) *cluster {
 		o.command, o.dial = onMachine, (&net.Dialer{}).DialContext
 	}
 	c := &cluster{t: t, o: o, dir: t.TempDir()}
-	c.etcd = filepath.Join(c.dir, "etcd")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", c.etcd, "./etcd")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build etcd: %v\n%s", err, out)
+	var err error
+	if c.etcd, err = buildEtcd(); err != nil {
+		t.Fatal(err)
 	}
 	t.Cleanup(c.close)
 	c.defineMembers()
@@ -130,6 +128,17 @@ func (o clusterOptions) start(t testing.TB) *cluster {
 	c.begin(c.servers...)
 	return c
 }
+
+// buildEtcd builds it once for all tests, into a directory that run removes.
+var buildEtcd = sync.OnceValues(func() (string, error) {
+	path := filepath.Join(scratch, "etcd")
+	build := exec.Command("go", "build", "-o", path, "./etcd")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build etcd: %w\n%s", err, out)
+	}
+	return path, nil
+})
 
 // close ends what runs, and shows what it said when the test has failed.
 func (c *cluster) close() {

@@ -16,8 +16,8 @@ import (
 	"github.com/nsalloc/nsalloc/internal/testpool"
 )
 
-// binaries is where the built binaries are: NSALLOC_BIN, or built here.
-var binaries string
+// binaries is where the built binaries are: NSALLOC_BIN, or built here. scratch is a directory of all tests.
+var binaries, scratch string
 
 func TestMain(m *testing.M) {
 	testhost.Main()
@@ -25,29 +25,28 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
+	var err error
+	if scratch, err = os.MkdirTemp("", "nsalloc-e2e-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(scratch)
 	if binaries = os.Getenv("NSALLOC_BIN"); binaries != "" {
-		var err error
 		if binaries, err = filepath.Abs(binaries); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
 		return m.Run()
 	}
-	dir, err := os.MkdirTemp("", "nsalloc-bin-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer os.RemoveAll(dir)
 	for _, name := range []string{"nsalloc", "nsalloc-agent", "nsalloc-hook", "nsalloc-server"} {
-		cmd := exec.Command("go", "build", "-o", filepath.Join(dir, name), "../cmd/"+name)
+		cmd := exec.Command("go", "build", "-o", filepath.Join(scratch, name), "../cmd/"+name)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "build %s: %v\n%s", name, err, out)
 			return 1
 		}
 	}
-	binaries = dir
+	binaries = scratch
 	return m.Run()
 }
 
