@@ -86,6 +86,18 @@ func TestGolden(t *testing.T) {
 	}
 }
 
+// TestFewGenerations: whoever looks at a pool that has few left is told.
+func TestFewGenerations(t *testing.T) {
+	for n, want := range map[int]bool{alloc.FewGenerations: false, alloc.FewGenerations - 1: true, 0: true} {
+		f := &fake{records: recorded()}
+		f.level.Generations = uint32(n)
+		_, out, _ := invoke(t, f, "pool", "status")
+		if got := strings.Contains(out, "fewer than 1,024 generations are left"); got != want {
+			t.Errorf("%d left:\n%s", n, out)
+		}
+	}
+}
+
 // TestFindings: what Check finds is its own business, how it is shown and that it fails is ours.
 func TestFindings(t *testing.T) {
 	code, out, _ := invoke(t, &fake{records: broken()}, "check")

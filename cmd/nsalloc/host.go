@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"maps"
+	"math"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -22,7 +24,9 @@ func (c *cli) hostListCommand() *cobra.Command {
 		Long: `List the pool's hosts.
 
 JOINED is when the agent's life or the host's boot began, and not when the host was last seen: a host that
-has been up for a year has joined a year ago.`,
+has been up for a year has joined a year ago.
+
+QUOTA is there when a host has used more than half of what the pool's policy grants a host in 24 hours.`,
 		Example: "  nsalloc host list -o wide",
 		Args:    usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -36,6 +40,10 @@ func (c *cli) hostList(ctx context.Context, p *client.Client) error {
 	if err != nil {
 		return err
 	}
+	pool, _, err := p.Pool(ctx)
+	if err != nil {
+		return err
+	}
 	doc := struct {
 		Hosts []hostDoc `json:"hosts"`
 	}{[]hostDoc{}}
@@ -45,24 +53,40 @@ func (c *cli) hostList(ctx context.Context, p *client.Client) error {
 		a.names = append(a.names, h.Name)
 	}
 	a.doc = doc
-	a.table = func() *table { return c.hostTable(found) }
+	a.table = func() *table { return c.hostTable(found, pool) }
 	return c.print(a)
 }
 
-func (c *cli) hostTable(hosts []*alloc.Host) *table {
+func (c *cli) hostTable(hosts []*alloc.Host, pool *alloc.Pool) *table {
 	titles := []string{"NAME", "INCARNATION#", "GRANTED#", "JOINED#", "KERNEL", "CRIU"}
+	quota := slices.ContainsFunc(hosts, func(h *alloc.Host) bool { return c.quotaUse(h, pool) != "" })
+	if quota {
+		titles = append(titles, "QUOTA#")
+	}
 	if c.wide() {
 		titles = append(titles, "BOOT-ID")
 	}
 	t := newTable(titles...)
 	for _, h := range hosts {
 		row := []any{in(styleKey, h.Name), h.Incarnation, h.Granted.Count(), c.age(h.Hello), h.Labels["kernel"], h.Labels["criu"]}
+		if quota {
+			row = append(row, c.quotaUse(h, pool))
+		}
 		if c.wide() {
 			row = append(row, h.BootID)
 		}
 		t.row(row...)
 	}
 	return t
+}
+
+// quotaUse is how much of its quota a host has used, "" up to half of it.
+func (c *cli) quotaUse(h *alloc.Host, pool *alloc.Pool) string {
+	share, ok := h.Quota.Share(pool, c.now())
+	if !ok || share <= 0.5 {
+		return ""
+	}
+	return fmt.Sprintf("%.0f%%", math.Floor(share*100))
 }
 
 func (c *cli) hostGetCommand() *cobra.Command {
@@ -95,6 +119,9 @@ func (c *cli) printHost(h *alloc.Host) error {
 	f.add("To spend", h.Granted.Count())
 	for _, r := range h.Granted {
 		f.add("", r.First.String()+" to "+r.Last().String())
+	}
+	if q := h.Quota.At(c.now()); q.Used > 0 {
+		f.add("Quota", fmt.Sprintf("%s serials granted since %s", thousands(q.Used), c.clock(q.Since)))
 	}
 	for _, k := range slices.Sorted(maps.Keys(h.Labels)) {
 		f.add("Label", k+"="+h.Labels[k])

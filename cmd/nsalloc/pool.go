@@ -97,6 +97,9 @@ func (c *cli) addLevel(f *fields, l alloc.Level) {
 		left = fmt.Sprintf("no serial of this generation, nothing is issued; %d generations: begin the next with nsalloc mend counter --force", l.Generations)
 	}
 	f.add("Left", left)
+	if l.Generations < alloc.FewGenerations {
+		f.add("", in(styleBad, fmt.Sprintf("fewer than %s generations are left: none is begun any more but by nsalloc pool recover; see in the servers' logs what uses them up", thousands(alloc.FewGenerations))))
+	}
 	switch {
 	case l.Over == 0:
 	case l.Burn == 0:

@@ -105,9 +105,9 @@ func recorded() records {
 		},
 		hosts: []*nsallocv1.Host{
 			{Name: "a", Incarnation: serial(1), BootId: bootA, Hello: before(9 * day), Labels: map[string]string{"kernel": "6.12.48", "criu": "4.1.1"},
-				Granted: []*nsallocv1.Range{{First: serial(0x100), Count: 256}, {First: serial(0x400), Count: 1024}}},
+				Granted: []*nsallocv1.Range{{First: serial(0x100), Count: 256}, {First: serial(0x400), Count: 1024}}, QuotaSince: before(2 * time.Hour), QuotaUsed: 65_536},
 			{Name: "b", Incarnation: serial(3), BootId: bootB, Hello: before(20 * time.Minute), Labels: map[string]string{"kernel": "6.18.44", "criu": "4.2.1"},
-				Granted: []*nsallocv1.Range{{First: serial(0x800), Count: 900}}},
+				Granted: []*nsallocv1.Range{{First: serial(0x800), Count: 900}}, QuotaSince: before(21 * time.Hour), QuotaUsed: 12_345_678},
 			{Name: "c", Incarnation: serial(1), BootId: bootB, Hello: before(40 * day)},
 		},
 	}

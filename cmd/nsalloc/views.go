@@ -84,6 +84,9 @@ type hostDoc struct {
 	Ranges      []rangeDoc        `json:"ranges"`
 	Labels      map[string]string `json:"labels,omitempty"`
 	Hello       *string           `json:"hello,omitempty"`
+	// QuotaUsed is what it was granted since QuotaSince, in a window of 24 hours.
+	QuotaSince *string `json:"quota_since,omitempty"`
+	QuotaUsed  uint64  `json:"quota_used"`
 }
 
 type rangeDoc struct {
@@ -202,6 +205,7 @@ func hostView(h *alloc.Host) hostDoc {
 	d := hostDoc{
 		Name: h.Name, Incarnation: h.Incarnation.String(), BootID: h.BootID, Granted: h.Granted.Count(),
 		Ranges: []rangeDoc{}, Labels: h.Labels, Hello: rfc3339(h.Hello),
+		QuotaSince: rfc3339(h.Quota.Since), QuotaUsed: h.Quota.Used,
 	}
 	for _, r := range h.Granted {
 		d.Ranges = append(d.Ranges, rangeDoc{First: r.First.String(), Last: r.Last().String(), Count: r.Count})

@@ -237,7 +237,8 @@ func (d *decoder) record(m proto.Message) alloc.Record {
 		return &alloc.Host{
 			Name: m.Name, Incarnation: alloc.Incarnation(m.Incarnation), Nonce: m.Nonce, BootID: m.BootId,
 			Granted: d.ranges(m.Granted), Labels: m.Labels, Hello: d.time(m.Hello),
-			Requests: alloc.RequestLog{Marks: d.marks(m.Requests), Forgotten: m.Forgotten}, Extra: unknown(m),
+			Requests: alloc.RequestLog{Marks: d.marks(m.Requests), Forgotten: m.Forgotten},
+			Quota:    alloc.Quota{Since: d.time(m.QuotaSince), Used: m.QuotaUsed}, Extra: unknown(m),
 		}
 	case *storepb.Sandbox:
 		return d.sandbox(m)

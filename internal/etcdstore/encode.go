@@ -100,6 +100,7 @@ func (e *encoder) record(rec alloc.Record) proto.Message {
 		return extra(&storepb.Host{
 			Name: r.Name, Incarnation: uint64(r.Incarnation), Nonce: r.Nonce, BootId: r.BootID,
 			Granted: ranges(r.Granted), Labels: r.Labels, Hello: e.time(r.Hello), Requests: marks(r.Requests.Marks), Forgotten: r.Requests.Forgotten,
+			QuotaSince: e.time(r.Quota.Since), QuotaUsed: r.Quota.Used,
 		}, r.Extra)
 	case *alloc.Sandbox:
 		return e.sandbox(r)

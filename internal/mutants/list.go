@@ -48,6 +48,8 @@ var mutations = []mutation{
 	{"reused request id answered for another body", domain + "/request.go", "	if a != b {", "	if false {", domain, "TestService/Allocate"},
 	{"a forgotten request is taken for a new one", domain + "/request.go", "if id <= l.Forgotten {", "if false {", domain, "TestService/ForgottenRequests"},
 	{"serials spent before are spent again", domain + "/change.go", "	if !ok {\n		return &Error{Reason: ReasonRange", "	if !ok && false {\n		return &Error{Reason: ReasonRange", domain, "TestService/Register"},
+	{"a host's quota is not heeded", domain + "/quota.go", "limited && (n > most || q.Used > most-n)", "limited && false", domain, "TestService/HostQuota"},
+	{"a new life begins a new quota", domain + "/hosts.go", "host.Nonce, host.Granted = cmd.Nonce, nil", "host.Nonce, host.Granted, host.Quota = cmd.Nonce, nil, Quota{}", domain, "TestService/HostQuota"},
 
 	// What a mend must not give away.
 	{"a mended counter begins at 1", domain + "/mendplan.go", "next, start := top+1, randomStart()", "next, start := top+1, uint64(1)", domain, "TestMend/PutBack"},

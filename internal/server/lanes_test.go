@@ -153,6 +153,15 @@ func TestPoolLevel(t *testing.T) {
 	if l := second.Level; l.Over < 1000*time.Second || l.Burn < 900 || l.Burn > 1100*2 || l.Next <= first.Level.Next {
 		t.Errorf("%+v", l)
 	}
+	// A host that has used a quarter of its quota.
+	hostRecord := &alloc.Host{Name: "a", Nonce: "n", Quota: alloc.Quota{Since: began, Used: alloc.DefaultHostQuota / 4}}
+	if _, err := mem.Commit(t.Context(), alloc.Tx{Put: []alloc.Record{hostRecord}}); err != nil {
+		t.Fatal(err)
+	}
+	take(1)
+	if got := r.gauge("nsalloc_host_quota_used_max_ratio", ""); got != 0.25 {
+		t.Errorf("of its quota a host has used %v", got)
+	}
 	// Near the end of the generation.
 	if _, err := mem.Commit(t.Context(), alloc.Tx{Put: []alloc.Record{&alloc.Counter{Generation: 1, Next: alloc.MaxCounter - 99}}}); err != nil {
 		t.Fatal(err)

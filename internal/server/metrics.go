@@ -106,11 +106,12 @@ var (
 	descLeft     = prometheus.NewDesc("nsalloc_pool_serials_left", "Serials of the pool's generation that nobody holds. At 0 no server and no host gets another range.", nil, nil)
 	descGensLeft = prometheus.NewDesc("nsalloc_pool_generations_left", "Generations that the pool can still begin.", nil, nil)
 	descBurn     = prometheus.NewDesc("nsalloc_pool_burn_per_second", "Serials a second that were taken from the pool's counter over the last hour, as far as this server saw it; what the ranges of servers and hosts hold counts.", nil, nil)
+	descQuota    = prometheus.NewDesc("nsalloc_host_quota_used_max_ratio", "The largest part of its quota for 24 hours that a host has used; at 1 it is granted no more serials. nsalloc host list names it.", nil, nil)
 	descGen      = prometheus.NewDesc("nsalloc_pool_generation", "The pool's generation.", nil, nil)
 )
 
 func (viewCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descLoaded, descRevision, descLag, descLoads, descRecords, descUnread, descCounter, descLeft, descGensLeft, descBurn, descGen} {
+	for _, d := range []*prometheus.Desc{descLoaded, descRevision, descLag, descLoads, descRecords, descUnread, descCounter, descLeft, descGensLeft, descBurn, descQuota, descGen} {
 		ch <- d
 	}
 }
@@ -144,6 +145,12 @@ func (c viewCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(descBurn, l.Burn)
 	}
 	if c.v.ix.pool != nil {
+		most := 0.0
+		for _, h := range c.v.ix.hosts {
+			share, _ := h.Quota.Share(c.v.ix.pool, c.v.now())
+			most = max(most, share)
+		}
+		gauge(descQuota, most)
 		gauge(descGen, float64(c.v.ix.pool.Generation))
 	}
 }

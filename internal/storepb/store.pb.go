@@ -1180,7 +1180,11 @@ type Host struct {
 	// The last requests that changed this record, in the order of their commits.
 	Requests []*RequestMark `protobuf:"bytes,8,rep,name=requests,proto3" json:"requests,omitempty"`
 	// The greatest id that ever left requests; empty while none has.
-	Forgotten     string `protobuf:"bytes,9,opt,name=forgotten,proto3" json:"forgotten,omitempty"`
+	Forgotten string `protobuf:"bytes,9,opt,name=forgotten,proto3" json:"forgotten,omitempty"`
+	// When the window of the host's quota began; absent while it was granted nothing.
+	QuotaSince *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=quota_since,json=quotaSince,proto3" json:"quota_since,omitempty"`
+	// How many serials it was granted in it.
+	QuotaUsed     uint64 `protobuf:"varint,13,opt,name=quota_used,json=quotaUsed,proto3" json:"quota_used,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1276,6 +1280,20 @@ func (x *Host) GetForgotten() string {
 		return x.Forgotten
 	}
 	return ""
+}
+
+func (x *Host) GetQuotaSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.QuotaSince
+	}
+	return nil
+}
+
+func (x *Host) GetQuotaUsed() uint64 {
+	if x != nil {
+		return x.QuotaUsed
+	}
+	return 0
 }
 
 // Sandbox is the bindings that move together, under sandbox/SERIAL.
@@ -2308,7 +2326,7 @@ const file_store_proto_rawDesc = "" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\"5\n" +
 	"\vRequestMark\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06digest\x18\x02 \x01(\fR\x06digest\"\xa0\x03\n" +
+	"\x06digest\x18\x02 \x01(\fR\x06digest\"\xfc\x03\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12\x14\n" +
@@ -2318,7 +2336,11 @@ const file_store_proto_rawDesc = "" +
 	"\x06labels\x18\x06 \x03(\v2\".nsalloc.store.v1.Host.LabelsEntryR\x06labels\x120\n" +
 	"\x05hello\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05hello\x129\n" +
 	"\brequests\x18\b \x03(\v2\x1d.nsalloc.store.v1.RequestMarkR\brequests\x12\x1c\n" +
-	"\tforgotten\x18\t \x01(\tR\tforgotten\x1a9\n" +
+	"\tforgotten\x18\t \x01(\tR\tforgotten\x12;\n" +
+	"\vquota_since\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"quotaSince\x12\x1d\n" +
+	"\n" +
+	"quota_used\x18\r \x01(\x04R\tquotaUsed\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8e\x05\n" +
@@ -2522,37 +2544,38 @@ var file_store_proto_depIdxs = []int32{
 	28, // 12: nsalloc.store.v1.Host.labels:type_name -> nsalloc.store.v1.Host.LabelsEntry
 	30, // 13: nsalloc.store.v1.Host.hello:type_name -> google.protobuf.Timestamp
 	15, // 14: nsalloc.store.v1.Host.requests:type_name -> nsalloc.store.v1.RequestMark
-	3,  // 15: nsalloc.store.v1.Sandbox.state:type_name -> nsalloc.store.v1.SandboxState
-	18, // 16: nsalloc.store.v1.Sandbox.bindings:type_name -> nsalloc.store.v1.Binding
-	20, // 17: nsalloc.store.v1.Sandbox.stints:type_name -> nsalloc.store.v1.Stint
-	29, // 18: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
-	22, // 19: nsalloc.store.v1.Sandbox.claim:type_name -> nsalloc.store.v1.Claim
-	23, // 20: nsalloc.store.v1.Sandbox.parent:type_name -> nsalloc.store.v1.Parent
-	30, // 21: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
-	15, // 22: nsalloc.store.v1.Sandbox.requests:type_name -> nsalloc.store.v1.RequestMark
-	5,  // 23: nsalloc.store.v1.Binding.type:type_name -> nsalloc.store.v1.NamespaceType
-	19, // 24: nsalloc.store.v1.Binding.kernel:type_name -> nsalloc.store.v1.KernelID
-	30, // 25: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
-	30, // 26: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
-	30, // 27: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
-	30, // 28: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
-	6,  // 29: nsalloc.store.v1.Stint.began:type_name -> nsalloc.store.v1.StintBegan
-	7,  // 30: nsalloc.store.v1.Stint.over:type_name -> nsalloc.store.v1.StintOver
-	21, // 31: nsalloc.store.v1.Claim.claimant:type_name -> nsalloc.store.v1.Claimant
-	3,  // 32: nsalloc.store.v1.Claim.from:type_name -> nsalloc.store.v1.SandboxState
-	20, // 33: nsalloc.store.v1.OldStint.stint:type_name -> nsalloc.store.v1.Stint
-	4,  // 34: nsalloc.store.v1.Checkpoint.state:type_name -> nsalloc.store.v1.CheckpointState
-	21, // 35: nsalloc.store.v1.Checkpoint.claimant:type_name -> nsalloc.store.v1.Claimant
-	30, // 36: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
-	30, // 37: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
-	14, // 38: nsalloc.store.v1.Request.ranges:type_name -> nsalloc.store.v1.Range
-	30, // 39: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
-	30, // 40: nsalloc.store.v1.Aside.at:type_name -> google.protobuf.Timestamp
-	41, // [41:41] is the sub-list for method output_type
-	41, // [41:41] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	30, // 15: nsalloc.store.v1.Host.quota_since:type_name -> google.protobuf.Timestamp
+	3,  // 16: nsalloc.store.v1.Sandbox.state:type_name -> nsalloc.store.v1.SandboxState
+	18, // 17: nsalloc.store.v1.Sandbox.bindings:type_name -> nsalloc.store.v1.Binding
+	20, // 18: nsalloc.store.v1.Sandbox.stints:type_name -> nsalloc.store.v1.Stint
+	29, // 19: nsalloc.store.v1.Sandbox.labels:type_name -> nsalloc.store.v1.Sandbox.LabelsEntry
+	22, // 20: nsalloc.store.v1.Sandbox.claim:type_name -> nsalloc.store.v1.Claim
+	23, // 21: nsalloc.store.v1.Sandbox.parent:type_name -> nsalloc.store.v1.Parent
+	30, // 22: nsalloc.store.v1.Sandbox.created:type_name -> google.protobuf.Timestamp
+	15, // 23: nsalloc.store.v1.Sandbox.requests:type_name -> nsalloc.store.v1.RequestMark
+	5,  // 24: nsalloc.store.v1.Binding.type:type_name -> nsalloc.store.v1.NamespaceType
+	19, // 25: nsalloc.store.v1.Binding.kernel:type_name -> nsalloc.store.v1.KernelID
+	30, // 26: nsalloc.store.v1.Binding.bound:type_name -> google.protobuf.Timestamp
+	30, // 27: nsalloc.store.v1.Binding.gone:type_name -> google.protobuf.Timestamp
+	30, // 28: nsalloc.store.v1.Stint.from:type_name -> google.protobuf.Timestamp
+	30, // 29: nsalloc.store.v1.Stint.to:type_name -> google.protobuf.Timestamp
+	6,  // 30: nsalloc.store.v1.Stint.began:type_name -> nsalloc.store.v1.StintBegan
+	7,  // 31: nsalloc.store.v1.Stint.over:type_name -> nsalloc.store.v1.StintOver
+	21, // 32: nsalloc.store.v1.Claim.claimant:type_name -> nsalloc.store.v1.Claimant
+	3,  // 33: nsalloc.store.v1.Claim.from:type_name -> nsalloc.store.v1.SandboxState
+	20, // 34: nsalloc.store.v1.OldStint.stint:type_name -> nsalloc.store.v1.Stint
+	4,  // 35: nsalloc.store.v1.Checkpoint.state:type_name -> nsalloc.store.v1.CheckpointState
+	21, // 36: nsalloc.store.v1.Checkpoint.claimant:type_name -> nsalloc.store.v1.Claimant
+	30, // 37: nsalloc.store.v1.Checkpoint.created:type_name -> google.protobuf.Timestamp
+	30, // 38: nsalloc.store.v1.Checkpoint.consumed:type_name -> google.protobuf.Timestamp
+	14, // 39: nsalloc.store.v1.Request.ranges:type_name -> nsalloc.store.v1.Range
+	30, // 40: nsalloc.store.v1.Request.at:type_name -> google.protobuf.Timestamp
+	30, // 41: nsalloc.store.v1.Aside.at:type_name -> google.protobuf.Timestamp
+	42, // [42:42] is the sub-list for method output_type
+	42, // [42:42] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_store_proto_init() }

@@ -56,7 +56,7 @@ const (
 	ReasonRequestReused Reason = "REQUEST_REUSED"
 	// ReasonRequestExpired: the request id is too old to tell whether it was committed.
 	ReasonRequestExpired Reason = "REQUEST_EXPIRED"
-	// ReasonExhausted: no serials are left in this generation, or the host holds too many ranges.
+	// ReasonExhausted: no serials are left in this generation, or the host holds too many ranges, or has used its quota up.
 	ReasonExhausted Reason = "EXHAUSTED"
 	// ReasonConflict: others wrote the same records again and again; nothing changed; try again.
 	ReasonConflict Reason = "CONFLICT"

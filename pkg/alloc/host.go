@@ -23,6 +23,8 @@ type Host struct {
 	Labels  map[string]string `json:"labels,omitempty"`
 	// Hello is when the agent last started a life or a boot, by the server's clock.
 	Hello time.Time `json:"hello"`
+	// Quota is what the host was granted lately; a new life of its agent goes on with it.
+	Quota Quota `json:"quota"`
 	// Requests are the last ones that changed this record.
 	Requests RequestLog `json:"-"`
 	// Extra holds what a newer version stored in this record; see Pool.Extra.

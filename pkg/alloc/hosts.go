@@ -119,7 +119,8 @@ type GrantCommand struct {
 // Grant issues a range to a host, behind what it still holds, and returns all that it holds.
 //
 // Committed when it returns: that the range is the host's. Errors: ErrInvalid, ErrStaleIncarnation,
-// ErrHostUnknown, ErrExhausted, ErrRequestReused, ErrRequestExpired, ErrConflict, ErrUnknownOutcome.
+// ErrHostUnknown, ErrExhausted (the generation is used up, the host holds MaxGrantedRanges, or with RetryAfter: its
+// quota is), ErrRequestReused, ErrRequestExpired, ErrConflict, ErrUnknownOutcome.
 func (s *Service) Grant(ctx context.Context, cmd GrantCommand) (Ranges, error) {
 	if cmd.Count == 0 || cmd.Count > MaxAllocate {
 		return nil, invalid("count", fmt.Sprintf("%d is not in 1..%d", cmd.Count, MaxAllocate))
@@ -148,6 +149,10 @@ func (s *Service) Grant(ctx context.Context, cmd GrantCommand) (Ranges, error) {
 		if len(w.host.Granted) >= MaxGrantedRanges {
 			return refuse(ReasonExhausted, "host "+cmd.Host, "it holds %d unfinished ranges", len(w.host.Granted))
 		}
+		quota, err := w.host.Quota.grant(cmd.Host, w.pool.Policy, cmd.Count, w.moment.Now)
+		if err != nil {
+			return err
+		}
 		counter, err := counterOf([]Entry{w.get[Key{Kind: KindPool}], w.get[counterKey]})
 		if err != nil {
 			return err
@@ -160,6 +165,7 @@ func (s *Service) Grant(ctx context.Context, cmd GrantCommand) (Ranges, error) {
 			return err
 		}
 		counter.Nonce = newNonce()
+		w.host.Quota = quota
 		w.host.Granted = append(append(Ranges(nil), w.host.Granted...), r)
 		w.host.Requests = w.host.Requests.with(cmd.RequestID, digest, w.moment.Now)
 		granted = w.host.Granted

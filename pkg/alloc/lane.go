@@ -251,9 +251,16 @@ func counterOf(entries []Entry) (*Counter, error) {
 
 // exhausted is the answer when a generation has no serials left.
 func exhausted(g Generation, n, left uint64) error {
-	return &Error{Reason: ReasonExhausted, Subject: fmt.Sprintf("generation %d", g), Msg: fmt.Sprintf("%d serials are asked for, %d are left", n, left),
+	e := &Error{Reason: ReasonExhausted, Subject: fmt.Sprintf("generation %d", g), Msg: fmt.Sprintf("%d serials are asked for, %d are left", n, left),
 		Fix: "begin the next generation: nsalloc mend counter --force; nsalloc pool status says what is left"}
+	if g >= MaxGeneration {
+		e.Fix = noGeneration
+	}
+	return e
 }
+
+// noGeneration is what to do when the last generation is used up.
+const noGeneration = "this pool issues no more serials, and what it has issued stays: create another pool (nsalloc pool init --pool NAME), and have hosts join it when nothing of theirs is handed off"
 
 // left is how many serials the generation has left.
 func (c *Counter) left() uint64 { return MaxCounter + 1 - min(c.Next, MaxCounter+1) }

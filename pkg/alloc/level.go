@@ -17,6 +17,9 @@ type Level struct {
 	RunsOut time.Time
 }
 
+// FewGenerations is what a pool keeps for its operators: with fewer left, none is begun but by their command.
+const FewGenerations = 1024
+
 // MaxRunsOut is how far ahead Level.RunsOut looks.
 const MaxRunsOut = 200 * 365 * 24 * time.Hour
 

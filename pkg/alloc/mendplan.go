@@ -356,7 +356,8 @@ func (r all) nextGeneration() ([]move, Ranges, error) {
 		}
 	}
 	if top >= MaxGeneration {
-		return nil, nil, refuse(ReasonExhausted, "pool "+r.Pool.UUID, "it is in generation %d, and no generation is left", r.Pool.Generation)
+		return nil, nil, &Error{Reason: ReasonExhausted, Subject: "pool " + r.Pool.UUID,
+			Msg: fmt.Sprintf("it is in generation %d, its records name generation %d, and there is none after %d", r.Pool.Generation, top, MaxGeneration), Fix: noGeneration}
 	}
 	next, start := top+1, randomStart()
 	return []move{

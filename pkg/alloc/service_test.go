@@ -41,6 +41,9 @@ func (g guarded) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, error
 		case *alloc.OldStint: // moves with its sandbox
 			need(alloc.SandboxKey(r.Sandbox), "whose stint it moves")
 			continue
+		case *alloc.Aside: // a mend's; that it was refused is true of any pool
+			need(rec.Key(), "which it writes")
+			continue
 		case *alloc.Sandbox:
 			if r.Checkpoint != 0 && r.State != alloc.StateRunning { // Register changes what runs without its images
 				need(alloc.CheckpointKey(r.Checkpoint), "the current one of what it writes")

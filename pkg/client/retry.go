@@ -124,8 +124,8 @@ func Again(err error) bool {
 	switch e.Reason {
 	case alloc.ReasonUnknownOutcome, alloc.ReasonUnavailable, alloc.ReasonConflict, alloc.ReasonRecovering:
 		return true
-	case alloc.ReasonExhausted: // a server's queue, not the pool's serials
-		return e.RetryAfter > 0
+	case alloc.ReasonExhausted: // a server's queue, not the pool's serials or a host's quota
+		return e.RetryAfter > 0 && e.RetryAfter <= maxPause
 	}
 	return false
 }

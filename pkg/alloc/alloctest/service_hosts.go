@@ -73,6 +73,51 @@ func testAllocateExhausts(t *testing.T, p *Pool) {
 	p.put(t, &alloc.Counter{Generation: 1, Next: alloc.MaxCounter + 1})
 }
 
+// testLastGeneration: the last generation is issued from to its end, and nothing after it.
+func testLastGeneration(t *testing.T, p *Pool) {
+	found := must[*alloc.Pool](t)(func() (*alloc.Pool, error) { f, _, err := p.Pool(t.Context()); return f, err }())
+	late := *found
+	late.Generation, late.Nonce = alloc.MaxGeneration-1, "late"
+	p.put(t, &late, &alloc.Counter{Generation: late.Generation, Next: alloc.MaxCounter + 1})
+	ask := func(n uint64) (alloc.Ranges, error) {
+		return p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: n})
+	}
+	raise := func() error {
+		_, err := p.Mend(t.Context(), alloc.MendCommand{RequestID: p.Request(), Actor: "operator/ann", Kind: alloc.KindCounter, Force: true})
+		return err
+	}
+	says := func(err error, want string) {
+		t.Helper()
+		if refused(t, err, alloc.ErrExhausted); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+	_, err := ask(1)
+	says(err, "begin the next generation: nsalloc mend counter --force")
+	if err := raise(); err != nil {
+		t.Fatal(err)
+	}
+	got := must[alloc.Ranges](t)(ask(1))
+	if g := got[0].First.Generation(); g != alloc.MaxGeneration {
+		t.Errorf("issued from generation %d", g)
+	}
+	a := p.Agent("a") // a host that holds some of the last ones
+	p.put(t, &alloc.Counter{Generation: alloc.MaxGeneration, Next: alloc.MaxCounter - 9})
+	if got := must[alloc.Ranges](t)(p.Grant(t.Context(), alloc.GrantCommand{Mutation: a.Mutation(), Count: 10})); got[len(got)-1].Last() != 1<<63-1 {
+		t.Errorf("the last serials are %v", got)
+	}
+	_, err = p.Grant(t.Context(), alloc.GrantCommand{Mutation: a.Mutation(), Count: 1})
+	says(err, "create another pool")
+	_, err = ask(alloc.MaxAllocate)
+	says(err, "create another pool")
+	before := get(t, p.Store, found.Key(), alloc.Key{Kind: alloc.KindCounter})
+	says(raise(), "create another pool")
+	if after := get(t, p.Store, found.Key(), alloc.Key{Kind: alloc.KindCounter}); after[0].Token != before[0].Token || after[1].Token != before[1].Token {
+		t.Errorf("what was refused has changed the pool")
+	}
+	a.Sandbox() // what was granted can be spent
+}
+
 // testSweep: what was swept is expired for ever, whatever the clocks say.
 func testSweep(t *testing.T, p *Pool) {
 	var cmds []alloc.AllocateCommand

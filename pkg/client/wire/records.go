@@ -260,6 +260,8 @@ func HostToWire(h *alloc.Host) *nsallocv1.Host {
 		Granted:     RangesToWire(h.Granted),
 		Labels:      h.Labels,
 		Hello:       timeToWire(h.Hello),
+		QuotaSince:  timeToWire(h.Quota.Since),
+		QuotaUsed:   h.Quota.Used,
 	}
 }
 
@@ -275,6 +277,7 @@ func HostFromWire(h *nsallocv1.Host) *alloc.Host {
 		Granted:     RangesFromWire(h.GetGranted()),
 		Labels:      labels(h.GetLabels()),
 		Hello:       timeFromWire(h.GetHello()),
+		Quota:       alloc.Quota{Since: timeFromWire(h.GetQuotaSince()), Used: h.GetQuotaUsed()},
 	}
 }
 

@@ -50,8 +50,9 @@ type HostsClient interface {
 	//
 	// Callers: a host, for itself.
 	// Committed when it answers: that the range is the host's, behind what it still holds.
-	// Errors: STALE_INCARNATION, HOST_UNKNOWN (say Hello first), EXHAUSTED (the pool, or the host
-	// holds 16 unfinished ranges), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+	// Errors: STALE_INCARNATION, HOST_UNKNOWN (say Hello first), EXHAUSTED (the pool, or the host holds 16 unfinished
+	// ranges, or with RetryInfo of a minute to an hour: it has used the quota up that the pool's policy gives a host for
+	// 24 hours), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Grant(ctx context.Context, in *GrantRequest, opts ...grpc.CallOption) (*GrantResponse, error)
 	// Get reads one host. Callers: anyone. Errors: HOST_UNKNOWN (NOT_FOUND).
 	Get(ctx context.Context, in *HostsGetRequest, opts ...grpc.CallOption) (*HostsGetResponse, error)
@@ -132,8 +133,9 @@ type HostsServer interface {
 	//
 	// Callers: a host, for itself.
 	// Committed when it answers: that the range is the host's, behind what it still holds.
-	// Errors: STALE_INCARNATION, HOST_UNKNOWN (say Hello first), EXHAUSTED (the pool, or the host
-	// holds 16 unfinished ranges), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+	// Errors: STALE_INCARNATION, HOST_UNKNOWN (say Hello first), EXHAUSTED (the pool, or the host holds 16 unfinished
+	// ranges, or with RetryInfo of a minute to an hour: it has used the quota up that the pool's policy gives a host for
+	// 24 hours), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Grant(context.Context, *GrantRequest) (*GrantResponse, error)
 	// Get reads one host. Callers: anyone. Errors: HOST_UNKNOWN (NOT_FOUND).
 	Get(context.Context, *HostsGetRequest) (*HostsGetResponse, error)

@@ -1239,7 +1239,12 @@ type Host struct {
 	// What the agent says of the host, such as kernel and CRIU version.
 	Labels map[string]string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// When its agent last began a life or a boot, by the server's clock.
-	Hello         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=hello,proto3" json:"hello,omitempty"`
+	Hello *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=hello,proto3" json:"hello,omitempty"`
+	// When the window of its quota began, by the clock of the server that granted first in it; it lasts 24 hours. Absent
+	// while the host was granted nothing.
+	QuotaSince *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=quota_since,json=quotaSince,proto3" json:"quota_since,omitempty"`
+	// How many serials it was granted in that window; Policy.host_quota is the most.
+	QuotaUsed     uint64 `protobuf:"varint,8,opt,name=quota_used,json=quotaUsed,proto3" json:"quota_used,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1314,6 +1319,20 @@ func (x *Host) GetHello() *timestamppb.Timestamp {
 		return x.Hello
 	}
 	return nil
+}
+
+func (x *Host) GetQuotaSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.QuotaSince
+	}
+	return nil
+}
+
+func (x *Host) GetQuotaUsed() uint64 {
+	if x != nil {
+		return x.QuotaUsed
+	}
+	return 0
 }
 
 // Policy says what a restore gets that is not the straight continuation of its sandbox, how much a host gets, and
@@ -1550,14 +1569,18 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\bclaimant\x18\b \x01(\v2\x14.nsalloc.v1.ClaimantR\bclaimant\x124\n" +
 	"\acreated\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x126\n" +
 	"\bconsumed\x18\n" +
-	" \x01(\v2\x1a.google.protobuf.TimestampR\bconsumed\"\xa5\x02\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\bconsumed\"\x81\x03\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12\x17\n" +
 	"\aboot_id\x18\x03 \x01(\tR\x06bootId\x12+\n" +
 	"\agranted\x18\x04 \x03(\v2\x11.nsalloc.v1.RangeR\agranted\x124\n" +
 	"\x06labels\x18\x05 \x03(\v2\x1c.nsalloc.v1.Host.LabelsEntryR\x06labels\x120\n" +
-	"\x05hello\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05hello\x1a9\n" +
+	"\x05hello\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05hello\x12;\n" +
+	"\vquota_since\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"quotaSince\x12\x1d\n" +
+	"\n" +
+	"quota_used\x18\b \x01(\x04R\tquotaUsed\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xfc\x01\n" +
@@ -1686,17 +1709,18 @@ var file_nsalloc_v1_types_proto_depIdxs = []int32{
 	8,  // 18: nsalloc.v1.Host.granted:type_name -> nsalloc.v1.Range
 	19, // 19: nsalloc.v1.Host.labels:type_name -> nsalloc.v1.Host.LabelsEntry
 	20, // 20: nsalloc.v1.Host.hello:type_name -> google.protobuf.Timestamp
-	5,  // 21: nsalloc.v1.Policy.live:type_name -> nsalloc.v1.PolicyAction
-	5,  // 22: nsalloc.v1.Policy.over:type_name -> nsalloc.v1.PolicyAction
-	5,  // 23: nsalloc.v1.Policy.unknown:type_name -> nsalloc.v1.PolicyAction
-	6,  // 24: nsalloc.v1.Policy.unheard_witness:type_name -> nsalloc.v1.UnheardWitness
-	7,  // 25: nsalloc.v1.Pool.state:type_name -> nsalloc.v1.PoolState
-	16, // 26: nsalloc.v1.Pool.policy:type_name -> nsalloc.v1.Policy
-	27, // [27:27] is the sub-list for method output_type
-	27, // [27:27] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	20, // 21: nsalloc.v1.Host.quota_since:type_name -> google.protobuf.Timestamp
+	5,  // 22: nsalloc.v1.Policy.live:type_name -> nsalloc.v1.PolicyAction
+	5,  // 23: nsalloc.v1.Policy.over:type_name -> nsalloc.v1.PolicyAction
+	5,  // 24: nsalloc.v1.Policy.unknown:type_name -> nsalloc.v1.PolicyAction
+	6,  // 25: nsalloc.v1.Policy.unheard_witness:type_name -> nsalloc.v1.UnheardWitness
+	7,  // 26: nsalloc.v1.Pool.state:type_name -> nsalloc.v1.PoolState
+	16, // 27: nsalloc.v1.Pool.policy:type_name -> nsalloc.v1.Policy
+	28, // [28:28] is the sub-list for method output_type
+	28, // [28:28] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_nsalloc_v1_types_proto_init() }
