@@ -138,13 +138,9 @@ func (c *checker) ranges(r Records) {
 // holds reports whether the record under a key has serials that nobody has got yet.
 func holds(k Key) bool { return k.Kind == KindHost || k.Kind == KindLane }
 
-// keptGenerations are those that no mend skips: a serial of one of them does not lift the pool's
-// generation above itself, but is put aside.
-const keptGenerations = 1024
-
 // far reports whether a serial is of a generation that is not worth reaching.
 func far(s Serial, pool Generation) bool {
-	return s.Generation() > pool && s.Generation() > MaxGeneration-keptGenerations
+	return s.Generation() > pool && s.Generation() > MaxGeneration-FewGenerations
 }
 
 // counter proves that everything in use or held lies before the pool's cursor: what lies behind it

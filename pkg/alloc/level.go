@@ -17,7 +17,8 @@ type Level struct {
 	RunsOut time.Time
 }
 
-// FewGenerations is what a pool keeps for its operators: with fewer left, none is begun but by their command.
+// FewGenerations is what a pool keeps for its operators: with fewer left, none is begun but by their command. Nor does
+// a mend skip any of those: a serial of one of them does not lift the pool's generation above itself, but is put aside.
 const FewGenerations = 1024
 
 // MaxRunsOut is how far ahead Level.RunsOut looks.

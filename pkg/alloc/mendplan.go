@@ -325,7 +325,7 @@ func (r all) nextGeneration() ([]move, Ranges, error) {
 	if r.Pool.Target > 0 && r.Pool.Target <= MaxGeneration {
 		top = max(top, r.Pool.Target-1)
 	}
-	if r.Counter != nil && r.Counter.Generation <= MaxGeneration-keptGenerations {
+	if r.Counter != nil && r.Counter.Generation <= MaxGeneration-FewGenerations {
 		top = max(top, r.Counter.Generation)
 	}
 	for _, s := range r.Sandboxes {

@@ -28,8 +28,8 @@ func Raise(pool, counter Entry, to Generation, now time.Time) (Tx, error) {
 		return Tx{}, err
 	case to <= p.Generation || to < p.Target:
 		return Tx{}, invalid("generation", fmt.Sprintf("%d is not later than the pool's %d, or before its target %d", to, p.Generation, p.Target))
-	case to > MaxGeneration-keptGenerations:
-		return Tx{}, &Error{Reason: ReasonExhausted, Subject: "pool " + p.UUID, Msg: fmt.Sprintf("generation %d would leave fewer than %d, and no server takes one of those by itself", to, keptGenerations),
+	case to > MaxGeneration-FewGenerations:
+		return Tx{}, &Error{Reason: ReasonExhausted, Subject: "pool " + p.UUID, Msg: fmt.Sprintf("generation %d would leave fewer than %d, and no server takes one of those by itself", to, FewGenerations),
 			Fix: "find out why the generation rises; an operator may take the next one: nsalloc pool recover"}
 	}
 	next := raised(p, to)
