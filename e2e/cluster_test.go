@@ -297,16 +297,21 @@ func (c *cluster) dial(i int, host string) *client.Client {
 	return s
 }
 
-// freePorts are ports of the loopback that nobody listens on.
+var givenPorts sync.Map // by port: no two tests get one
+
+// freePorts are ports of the loopback that nobody listens on, nor will for another test.
 func freePorts(t testing.TB, n int) (ports []int) {
 	t.Helper()
-	for range n {
+	for len(ports) < n {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer l.Close() // at the end, so that they differ
-		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
+		port := l.Addr().(*net.TCPAddr).Port
+		if _, given := givenPorts.LoadOrStore(port, true); !given {
+			ports = append(ports, port)
+		}
 	}
 	return ports
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os/exec"
 	"runtime"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -75,7 +76,13 @@ type seenSerials struct {
 	mu        sync.Mutex
 	given     map[string]alloc.Serial // guarded by mu: told first, provisional or not
 	committed map[string]alloc.Serial // guarded by mu
-	changed   []string                // guarded by mu
+	of        map[alloc.Serial]string // guarded by mu: whose a committed serial is
+	changed   []string                // guarded by mu: what must not be, of committed serials
+	replaced  []string                // guarded by mu: the same, provisional ones too
+}
+
+func newSeen() *seenSerials {
+	return &seenSerials{given: map[string]alloc.Serial{}, committed: map[string]alloc.Serial{}, of: map[alloc.Serial]string{}}
 }
 
 // look reads what the agent lists, and notes what it has said otherwise before.
@@ -94,7 +101,7 @@ func (s *seenSerials) look(p *pool, host string) (provisional, committed int, er
 		b := wire.BindingFromWire(n.GetBinding())
 		key := b.Kernel.Key(b.Type)
 		if was, ok := s.given[key]; ok && was != b.Serial {
-			s.changed = append(s.changed, fmt.Sprintf("%s: %s became %s", key, was, b.Serial))
+			s.replaced = append(s.replaced, fmt.Sprintf("%s: %s became %s", key, was, b.Serial))
 		}
 		s.given[key] = b.Serial
 		if was, ok := s.committed[key]; ok && (was != b.Serial || n.GetProvisional()) {
@@ -104,7 +111,10 @@ func (s *seenSerials) look(p *pool, host string) (provisional, committed int, er
 			provisional++
 		} else {
 			committed++
-			s.committed[key] = b.Serial
+			if was, ok := s.of[b.Serial]; ok && was != key {
+				s.changed = append(s.changed, fmt.Sprintf("%s: %s was committed for %s", key, b.Serial, was))
+			}
+			s.committed[key], s.of[b.Serial] = b.Serial, key
 		}
 	}
 	return provisional, committed, nil
@@ -117,7 +127,7 @@ func TestBornWhileAway(t *testing.T) {
 	p := newPool(t, "a")
 	const host = "a"
 	processes := (born + ownTypes - 1) / ownTypes
-	seen := &seenSerials{given: map[string]alloc.Serial{}, committed: map[string]alloc.Serial{}}
+	seen := newSeen()
 	early, done := p.spawn(host, 3)
 	<-done
 	if early.err != nil {
@@ -185,7 +195,7 @@ func TestBornWhileAway(t *testing.T) {
 	t.Logf("all were committed %v after the pool was back", time.Since(back).Round(time.Millisecond))
 	seen.mu.Lock()
 	defer seen.mu.Unlock()
-	for _, what := range seen.changed {
+	for _, what := range slices.Concat(seen.changed, seen.replaced) {
 		t.Error(what)
 	}
 	if n := len(seen.committed); n < before+processes*ownTypes {

@@ -211,7 +211,7 @@ func (w rollback) run(t *testing.T, size rollbackSize) {
 		r.doors[i] = r.c.dial(i, "")
 	}
 	for _, h := range hosts {
-		r.seen[h] = &seenSerials{given: map[string]alloc.Serial{}, committed: map[string]alloc.Serial{}}
+		r.seen[h] = newSeen()
 	}
 	began := time.Now()
 

@@ -73,6 +73,7 @@ func TestSnapshot(t *testing.T) {
 	if testing.Short() {
 		t.Skip("stops and starts an etcd")
 	}
+	t.Parallel()
 	c := (&clusterOptions{members: 3}).start(t)
 	etcd, err := c.client(c.endpoints...)
 	if err != nil {
