@@ -26,6 +26,9 @@ const (
 	// issueTimeout bounds one shared transaction with its retries; it is not the callers' deadline,
 	// because they share it.
 	issueTimeout = 10 * time.Second
+	// repeatedAfter is from what age on a request is looked for before it joins others: most that are older are
+	// asked again. One of a caller whose clock is behind costs a read more.
+	repeatedAfter = 250 * time.Millisecond
 )
 
 // AllocateCommand asks for serials that belong to nothing yet.
@@ -80,6 +83,9 @@ func (s *Service) Allocate(ctx context.Context, cmd AllocateCommand) (Ranges, er
 	if err := context.Cause(ctx); err != nil {
 		return nil, &Error{Reason: ReasonUnavailable, Subject: "request " + cmd.RequestID, Msg: "the caller had left already; nothing was issued", Err: err}
 	}
+	if r, err := s.answered(ctx, cmd.RequestID, digest); r != nil || err != nil {
+		return r, err
+	}
 	a := &allocation{cmd: cmd, digest: digest, ctx: ctx, done: make(chan struct{})}
 	select {
 	case s.queue <- a:
@@ -112,6 +118,27 @@ func (s *Service) Allocate(ctx context.Context, cmd AllocateCommand) (Ranges, er
 	}
 	return nil, &Error{Reason: ReasonUnknownOutcome, Subject: "request " + cmd.RequestID, Msg: "the caller's deadline passed before the store answered",
 		Fix: "ask again with the same request id", Err: context.Cause(ctx)}
+}
+
+// answered looks for what was committed for a request that is asked again, alone: in a batch it would make that
+// conflict, and all of its calls be read and committed again. That nothing is found decides nothing.
+func (s *Service) answered(ctx context.Context, id string, d Digest) (Ranges, error) {
+	at, err := requestTime(id)
+	if err != nil || s.now().Sub(at) < repeatedAfter {
+		return nil, err
+	}
+	entries, _, err := s.store.Get(ctx, Key{Kind: KindRequest, ID: id})
+	if err != nil {
+		return nil, err // nothing was issued for this try
+	}
+	found, ok := entries[0].Record.(*Request)
+	if !ok {
+		return nil, entries[0].Err
+	}
+	if err := sameBody(id, found.Digest, d); err != nil {
+		return nil, err
+	}
+	return found.Ranges, nil
 }
 
 // late is the answer to a call whose turn did not come.

@@ -3,6 +3,7 @@ package alloc
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -50,6 +51,9 @@ type lane struct {
 
 	size  uint64    // of the next range
 	taken time.Time // when the last one was
+	// low is how little is left when the next range is taken ahead. It is drawn for each, so that lanes that began
+	// together do not take theirs together.
+	low uint64
 }
 
 // try commits the calls that have no answer yet in one transaction, and answers them.
@@ -87,18 +91,19 @@ func (l *lane) try(ctx context.Context, s *Service, c *calls) (bool, error) {
 	next := l.Lane
 	next.Nonce, next.At = newNonce(), now
 	tx := Tx{Guards: []Guard{{Key{Kind: KindPool}, l.pool}, {Key{Kind: KindRequest, ID: sweptID}, l.mark}, {l.Key(), l.token}}}
-	size, filled := l.size, false
-	if have := next.Left.Count(); have < need {
-		// What one lane needs of the counter no other lane of this server needs at the same time.
-		release, err := s.holdCounter(ctx)
-		if err != nil {
-			return false, err
-		}
+	size := l.size
+	release, err := l.turn(ctx, s, need)
+	if err != nil {
+		return false, err
+	}
+	filled := release != nil
+	if filled {
 		defer release()
-		if size, err = l.fill(ctx, s, &next, &tx, need-have, now); err != nil {
+		have := next.Left.Count()
+		if size, err = l.fill(ctx, s, &next, &tx, need-min(need, have), now); err != nil && have < need {
 			return false, err
 		}
-		filled = true
+		filled = err == nil // else it was ahead of time
 	}
 	grants := make([]Ranges, len(open))
 	for i, a := range open {
@@ -127,7 +132,7 @@ func (l *lane) try(ctx context.Context, s *Service, c *calls) (bool, error) {
 	}
 	if filled {
 		s.counters.took(tx)
-		l.size, l.taken = size, now
+		l.size, l.taken, l.low = size, now, size/8+rand.N(size/8)
 	}
 	l.Lane, l.token, l.pending = next, token, nil
 	for i, a := range open {
@@ -138,6 +143,20 @@ func (l *lane) try(ctx context.Context, s *Service, c *calls) (bool, error) {
 		c.answer(a, grants[i], nil)
 	}
 	return true, nil
+}
+
+// turn is the counter's, when this transaction is to take from it: release is nil when it is not. What one lane needs
+// of the counter no other lane of this server needs at the same time. It is waited for only where there is too little
+// left for need: a lane whose range runs low takes the next one when the counter is free.
+func (l *lane) turn(ctx context.Context, s *Service, need uint64) (release func(), err error) {
+	have := l.Left.Count()
+	if have < need {
+		return s.holdCounter(ctx)
+	}
+	if have-need < l.low {
+		release, _ = s.tryCounter()
+	}
+	return release, nil
 }
 
 // fill has tx take a range from the counter for next, of need at least while the counter has as much. It

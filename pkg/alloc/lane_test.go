@@ -231,3 +231,107 @@ func TestLanesShareTheLoad(t *testing.T) {
 		})
 	}
 }
+
+// TestLaneTakesAhead: a lane that runs low takes its next range before it needs it, and does not wait for the
+// counter while it has enough.
+func TestLaneTakesAhead(t *testing.T) {
+	bubble(t, func(t *testing.T, p *alloctest.Pool, s *held) {
+		allocate := func(n uint64) {
+			t.Helper()
+			ok[alloc.Ranges](t)(p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: n}))
+		}
+		left := func() uint64 { return everything(t, s).Lanes[0].Left.Count() }
+		a := p.Agent("a")
+		allocate(1)
+		all := left() + 1
+		release := s.hold()
+		granted := make(chan error, 1)
+		go func() {
+			_, err := p.Grant(t.Context(), alloc.GrantCommand{Mutation: a.Mutation(), Count: 10})
+			granted <- err
+		}()
+		synctest.Wait() // it has the counter
+		began := time.Now()
+		allocate(all - all/8) // now it is low
+		before := left()
+		if took := time.Since(began); took > 0 || before != all/8-1 {
+			t.Errorf("waited %s for the counter, %d are left of %d", took, before, all)
+		}
+		release()
+		if err := <-granted; err != nil {
+			t.Error(err)
+		}
+		allocate(1)
+		if now := left(); now < before-1+all {
+			t.Errorf("%d are left: none were taken ahead", now)
+		}
+		_, commits := s.Ops()
+		allocate(1)
+		if _, now := s.Ops(); now != commits+1 || left() < all {
+			t.Errorf("%d commits for one call, %d are left", now-commits, left())
+		}
+	})
+}
+
+// TestCounterBrokenAhead: what a lane has it issues also when nothing more can be taken from the counter.
+func TestCounterBrokenAhead(t *testing.T) {
+	s := memstore.New()
+	p := alloctest.NewPool(t, s, alloc.DefaultPolicy())
+	allocate := func(n uint64) error {
+		_, err := p.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: n})
+		return err
+	}
+	if err := allocate(900); err != nil { // of 1024
+		t.Fatal(err)
+	}
+	counter := everything(t, s).Counter
+	if _, err := s.Commit(t.Context(), alloc.Tx{Delete: []alloc.Key{counter.Key()}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := allocate(100); err != nil {
+		t.Error(err)
+	}
+	if err := allocate(100); !errors.Is(err, alloc.ErrMalformed) {
+		t.Errorf("without a counter: %v", err)
+	}
+	if _, err := s.Commit(t.Context(), alloc.Tx{Put: []alloc.Record{counter}}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRepeatedAlone: a request that is asked again, elsewhere, is answered without a transaction, and makes
+// those of nobody else conflict.
+func TestRepeatedAlone(t *testing.T) {
+	bubble(t, func(t *testing.T, p *alloctest.Pool, s *held) {
+		other := alloc.NewService(s, p.Clock.Now)
+		ok[alloc.Ranges](t)(other.Allocate(t.Context(), alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 1}))
+		cmd := alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 3}
+		first := ok[alloc.Ranges](t)(p.Allocate(t.Context(), cmd))
+		p.Clock.Move(time.Second)
+		_, commits := s.Ops()
+		release := s.hold()
+		var wg sync.WaitGroup
+		ask := func(cmd alloc.AllocateCommand, want alloc.Ranges) {
+			wg.Go(func() {
+				got := ok[alloc.Ranges](t)(other.Allocate(t.Context(), cmd))
+				if want != nil && !slices.Equal(got, want) {
+					t.Errorf("%v, want %v", got, want)
+				}
+			})
+			synctest.Wait()
+		}
+		ask(alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 1}, nil) // it hangs, and all else waits for one
+		ask(cmd, first)
+		ask(alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 1}, nil)
+		release()
+		wg.Wait()
+		if _, now := s.Ops(); now != commits+2 {
+			t.Errorf("%d commits for two new requests", now-commits)
+		}
+		reused := cmd
+		reused.Count++
+		if _, err := other.Allocate(t.Context(), reused); !errors.Is(err, alloc.ErrRequestReused) {
+			t.Errorf("with another body: %v", err)
+		}
+	})
+}

@@ -73,6 +73,16 @@ func (s *Service) holdCounter(ctx context.Context) (release func(), err error) {
 	}
 }
 
+// tryCounter is holdCounter where nobody holds it.
+func (s *Service) tryCounter() (release func(), ok bool) {
+	select {
+	case s.counter <- struct{}{}:
+		return func() { <-s.counter }, true
+	default:
+		return nil, false
+	}
+}
+
 // get reads what a decision rests on. A record that cannot be understood is that decision's error: it is
 // never taken for an absent one.
 func (s *Service) get(ctx context.Context, keys ...Key) ([]Entry, Revision, error) {
