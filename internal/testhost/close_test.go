@@ -132,6 +132,7 @@ func TestCreatorKilled(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { _ = cmd.Process.Kill() }) // also when what follows fails
 	var dir string
 	var pids [3]int
 	if _, err := fmt.Fscan(bufio.NewReader(out), &dir, &pids[0], &pids[1], &pids[2]); err != nil {
@@ -144,10 +145,14 @@ func TestCreatorKilled(t *testing.T) {
 		t.Errorf("Reap took the directory of a creator that lives: %v", err)
 	}
 	// Every process below the host's PID 1 is in its PID namespace.
-	procs := hostProcesses(t, pids[0])
-	if len(procs) < 4 {
-		t.Errorf("the host has processes %v, want PID 1, a command and two containers", procs)
-	}
+	// What starts the command runs on this machine: the command's own process is there a moment later.
+	var procs []int
+	eventually(t, "PID 1, a command and two containers", func() error {
+		if procs = hostProcesses(t, pids[0]); len(procs) < 4 {
+			return fmt.Errorf("the host has processes %v", procs)
+		}
+		return nil
+	})
 	procs = append(procs, pids[1:]...)
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
