@@ -45,6 +45,7 @@ type config struct {
 	dataDir   string
 	name      string
 	listen    []string
+	advertise string
 	metrics   string
 	insecure  bool
 	readyFile string
@@ -84,6 +85,7 @@ When it listens it writes its addresses to standard output, one a line, and then
 	f.StringVar(&cfg.dataDir, "data-dir", defaultDataDir, "`DIR` for what this server has seen of its pool, and for the etcd of its own. It is this server's alone, and never a copy of another's")
 	f.StringVar(&cfg.name, "name", "", "`NAME` of this server in the pool (default: of this machine, and kept in --data-dir)")
 	f.StringArrayVar(&cfg.listen, "listen", []string{defaultListen}, "`ADDRESS` to serve on, unix:///PATH or HOST:PORT; may be repeated. Port 0 takes a free one, without HOST it is loopback (all interfaces with --insecure)")
+	f.StringVar(&cfg.advertise, "advertise", "", "`ADDRESS` at which the pool's other servers reach this one, unix:///PATH or HOST:PORT (default: the first HOST:PORT of --listen, else the first socket)")
 	f.StringVar(&cfg.metrics, "metrics", "", "`HOST:PORT` for Prometheus metrics (default: none)")
 	f.BoolVar(&cfg.insecure, "insecure", false, "serve plain text to other machines, and believe the host names that they say")
 	f.StringVar(&cfg.readyFile, "ready-file", "", "`FILE` to write the addresses to as well")
@@ -137,6 +139,14 @@ func (c config) check() error {
 	for _, address := range c.listen {
 		if _, err := parseAddress(address, c.insecure); err != nil {
 			return usage("--listen: %w", err)
+		}
+	}
+	if c.advertise != "" {
+		if _, err := parseAddress(c.advertise, true); err != nil {
+			return usage("--advertise: %w", err)
+		}
+		if err := alloc.ValidateAddress(c.advertise); err != nil {
+			return usage("--advertise: %w", err)
 		}
 	}
 	if c.metrics != "" {

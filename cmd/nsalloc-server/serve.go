@@ -54,13 +54,13 @@ func serve(ctx context.Context, cfg config, log *slog.Logger, stdout io.Writer) 
 		metrics, lines = l.Listener, append(lines, "metrics "+l.name)
 	}
 
-	st, err := openStore(ctx, cfg, log)
+	st, err := openStore(ctx, cfg, advertised(cfg.advertise, listeners), log)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
 
-	s := server.New(server.Config{Store: st.witness, Insecure: cfg.insecure, Logger: log, Metrics: metrics})
+	s := server.New(server.Config{Store: st.witness, Witness: st.witness, Insecure: cfg.insecure, Logger: log, Metrics: metrics})
 	plain := make([]net.Listener, 0, len(listeners))
 	for _, l := range listeners {
 		plain = append(plain, l.Listener)
@@ -150,7 +150,7 @@ type store struct {
 
 // watched puts the witness in front of the store. Connections that were made before it was there count as
 // one that is not verified.
-func (s *store) watched(cfg config, log *slog.Logger) (err error) {
+func (s *store) watched(cfg config, address string, log *slog.Logger) (err error) {
 	var fresh bool
 	if s.seen, fresh, err = witness.Open(filepath.Join(cfg.dataDir, "witness")); err != nil {
 		return err
@@ -158,6 +158,7 @@ func (s *store) watched(cfg config, log *slog.Logger) (err error) {
 	if s.witness, err = witness.New(s.Store, cfg.name, s.seen, log, nil); err != nil {
 		return err
 	}
+	s.witness.Join(address, asker(s.witness.Name(), cfg.insecure))
 	s.connected.Store(s.witness)
 	if fresh && len(cfg.etcd.urls) > 0 {
 		log.Info("this server has seen nothing of its pool yet: from now on it notices when the store loses history", "server", s.witness.Name(), "data_dir", cfg.dataDir)
@@ -165,12 +166,12 @@ func (s *store) watched(cfg config, log *slog.Logger) (err error) {
 	return nil
 }
 
-func openStore(ctx context.Context, cfg config, log *slog.Logger) (*store, error) {
+func openStore(ctx context.Context, cfg config, address string, log *slog.Logger) (*store, error) {
 	st, err := openEtcd(ctx, cfg, log)
 	if err != nil {
 		return nil, err
 	}
-	if err := st.watched(cfg, log); err != nil {
+	if err := st.watched(cfg, address, log); err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
 	return st, nil

@@ -156,7 +156,7 @@ func codeOfReason(r alloc.Reason) int {
 		return exitUsage
 	case alloc.ReasonSandboxNotFound, alloc.ReasonCheckpointNotFound, alloc.ReasonHostUnknown, alloc.ReasonSerialNotFound, alloc.ReasonRecordNotFound, reasonProcess:
 		return exitNotFound
-	case alloc.ReasonPoolExists, alloc.ReasonConflict, alloc.ReasonNothingToMend, alloc.ReasonMendFirst:
+	case alloc.ReasonPoolExists, alloc.ReasonConflict, alloc.ReasonNothingToMend, alloc.ReasonMendFirst, alloc.ReasonServerAnswers:
 		return exitConflict
 	case alloc.ReasonUnavailable, alloc.ReasonUnknownOutcome, alloc.ReasonRecovering:
 		return exitUnavailable

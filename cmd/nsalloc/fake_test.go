@@ -50,6 +50,7 @@ func (f *fake) waits(ctx context.Context) {
 type records struct {
 	pool        *nsallocv1.Pool
 	level       *nsallocv1.PoolLevel
+	standing    *nsallocv1.Standing
 	sandboxes   []*nsallocv1.Sandbox
 	checkpoints []*nsallocv1.Checkpoint
 	hosts       []*nsallocv1.Host
@@ -74,6 +75,28 @@ type fakeRecords struct {
 	*fake
 }
 
+type fakeServers struct {
+	nsallocv1.UnimplementedServersServer
+	*fake
+}
+
+func (f fakeServers) List(context.Context, *nsallocv1.ServersListRequest) (*nsallocv1.ServersListResponse, error) {
+	return &nsallocv1.ServersListResponse{Servers: []*nsallocv1.ServerInfo{
+		{Name: "etcd-1-0a1b2c3d", Address: "192.0.2.1:7000", Life: 4, Started: timestamppb.New(noon.Add(-3 * time.Hour)), Answers: true},
+		{Name: "etcd-2-1f4c9a03", Address: "192.0.2.2:7000", Life: 2, Started: timestamppb.New(noon.Add(-50 * time.Hour)), Trouble: "connection refused"},
+	}}, nil
+}
+
+func (f fakeServers) Remove(_ context.Context, r *nsallocv1.ServersRemoveRequest) (*nsallocv1.ServersRemoveResponse, error) {
+	switch {
+	case r.GetForce() || r.GetName() == "etcd-2-1f4c9a03" && r.GetLife() == 2:
+		return &nsallocv1.ServersRemoveResponse{}, nil
+	case r.GetName() == "etcd-1-0a1b2c3d" && r.GetLife() == 4:
+		return nil, refuse(alloc.ReasonServerAnswers, "server "+r.GetName(), "it answers")
+	}
+	return nil, refuse(alloc.ReasonRecordNotFound, "server "+r.GetName(), "the pool has no such server")
+}
+
 // serve listens at a unix socket in dir until the test is over and returns its address.
 func (f *fake) serve(t testing.TB, dir, name string) string {
 	t.Helper()
@@ -94,6 +117,7 @@ func (f *fake) on(l net.Listener) *grpc.Server {
 	nsallocv1.RegisterHostsServer(s, fakeHosts{fake: f})
 	nsallocv1.RegisterHandoffServer(s, fakeHandoff{fake: f})
 	nsallocv1.RegisterRecordsServer(s, fakeRecords{fake: f})
+	nsallocv1.RegisterServersServer(s, fakeServers{fake: f})
 	grpc_health_v1.RegisterHealthServer(s, health.NewServer())
 	go func() { _ = s.Serve(l) }()
 	return s
@@ -115,7 +139,7 @@ func page[T any](all []T, token string) ([]T, string) {
 }
 
 func (f *fake) GetPool(context.Context, *nsallocv1.GetPoolRequest) (*nsallocv1.GetPoolResponse, error) {
-	return &nsallocv1.GetPoolResponse{Pool: f.pool, Level: f.level, Revision: 42}, nil
+	return &nsallocv1.GetPoolResponse{Pool: f.pool, Level: f.level, Revision: 42, Standing: f.standing}, nil
 }
 
 func (f fakeSandboxes) Get(_ context.Context, r *nsallocv1.SandboxesGetRequest) (*nsallocv1.SandboxesGetResponse, error) {

@@ -37,7 +37,7 @@ func (c *cli) poolStatusCommand() *cobra.Command {
 				if found.Pool == nil {
 					return errMissing("pool")
 				}
-				return c.printPool(poolView(found.Pool, found.Level), found.Level)
+				return c.printPool(poolView(found.Pool, found.Level, found.Standing), found.Level)
 			})
 		},
 	}
@@ -53,6 +53,9 @@ func (c *cli) poolRecoverCommand() *cobra.Command {
 A store that was put back to an older snapshot knows nothing of what was written since: which serials were
 issued, which sandboxes there are, who owns them. The servers' logs say what they have seen and the store has
 not. If there is a newer snapshot, put that back instead: then nothing is lost.
+
+Servers do this by themselves, once in ten minutes, after they have heard what all of them have seen; nsalloc pool
+status says what they wait for. This command waits for nobody.
 
 No serial that was issued is issued again: the pool goes into a generation that nobody has seen, and its counter
 begins at a random point of it. What is left of all ranges is burned. Sandboxes that the store has forgotten are
@@ -74,9 +77,10 @@ func (c *cli) printPool(d poolDoc, l *alloc.Level) error {
 	f.add("Pool", in(styleKey, d.UUID))
 	state := in(styleGood, d.State)
 	if d.State != string(alloc.PoolOpen) {
-		state = in(styleBad, d.State+": its store has lost history, and nothing is issued; nsalloc pool recover --help")
+		state = in(styleBad, d.State+": its store has lost history, and nothing is issued until the servers have taken a new generation, or: nsalloc pool recover")
 	}
 	f.add("State", state)
+	c.addStanding(&f, d.Standing)
 	f.add("Generation", fmt.Sprintf("%d (serials begin with %04x)", d.Generation, d.Generation))
 	if l != nil {
 		c.addLevel(&f, *l)
@@ -88,6 +92,30 @@ func (c *cli) printPool(d poolDoc, l *alloc.Level) error {
 	f.add("", fmt.Sprintf("a server that does not hear what another one has seen: %s", d.Policy.UnheardWitness))
 	f.add("", "serials for one host in 24 hours: "+quotaText(d.Policy.HostQuota))
 	return c.print(answer{doc: d, names: []string{d.UUID}, lines: c.fieldText(f)})
+}
+
+// addStanding says whether the server that was asked trusts its store, and what it has heard.
+func (c *cli) addStanding(f *fields, s *standingDoc) {
+	if s == nil {
+		return
+	}
+	if !s.Trusts {
+		f.add("Server", in(styleBad, s.Server+" issues nothing: "+s.Why))
+	}
+	for i, o := range s.Others {
+		title, says := "", in(styleGood, o.Name+": "+o.Says)
+		if i == 0 {
+			title = "Heard"
+		}
+		switch {
+		case o.Says == string(alloc.SaysSound) || o.Says == string(alloc.SaysNew):
+		case o.Why != "":
+			says = in(styleBad, o.Name+": "+o.Says+": "+o.Why)
+		default:
+			says = in(styleBad, o.Name+": "+o.Says)
+		}
+		f.add(title, says)
+	}
 }
 
 // addLevel says how much is left, in words that need no arithmetic.
@@ -194,7 +222,7 @@ func (c *cli) poolInit(ctx context.Context, f poolFlags) error {
 	if err != nil {
 		return err
 	}
-	return c.printPool(poolView(pool, nil), nil)
+	return c.printPool(poolView(pool, nil, nil), nil)
 }
 
 // store is how to reach the etcd.

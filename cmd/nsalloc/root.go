@@ -111,7 +111,7 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 conflict, 5 unavailable.`,
 		}
 	}
 	add("daily", c.psCommand(), c.whoCommand(), c.checkCommand(), c.doctorCommand())
-	add("pool", c.sandboxCommand(), c.serialCommand(), c.checkpointCommand(), c.hostCommand(), c.poolCommand(), c.mendCommand())
+	add("pool", c.sandboxCommand(), c.serialCommand(), c.checkpointCommand(), c.hostCommand(), c.serverCommand(), c.poolCommand(), c.mendCommand())
 	add("setup", c.demoCommand(), c.devCommand(), c.hookCommand())
 	root.AddCommand(c.versionCommand())
 

@@ -113,6 +113,36 @@ type poolDoc struct {
 	Format     int       `json:"format"`
 	Policy     policyDoc `json:"policy"`
 	Level      *levelDoc `json:"level"` // null while the server cannot read the counter
+	// Standing is null from servers without a witness.
+	Standing *standingDoc `json:"standing"`
+}
+
+// standingDoc is whether the server that was asked trusts its store.
+type standingDoc struct {
+	Server    string     `json:"server"`
+	Trusts    bool       `json:"trusts"`
+	Why       string     `json:"why"`
+	NotBefore *string    `json:"not_before"` // when it may take a new generation by itself
+	Others    []otherDoc `json:"others"`
+}
+
+type otherDoc struct {
+	Name    string  `json:"name"`
+	Address string  `json:"address"`
+	Says    string  `json:"says"`
+	Why     string  `json:"why"`
+	Asked   *string `json:"asked"`
+}
+
+func standingView(s *alloc.Standing) *standingDoc {
+	if s == nil {
+		return nil
+	}
+	d := &standingDoc{Server: s.Server, Trusts: s.Trusts, Why: s.Why, NotBefore: rfc3339(s.NotBefore), Others: []otherDoc{}}
+	for _, o := range s.Others {
+		d.Others = append(d.Others, otherDoc{o.Server, o.Address, string(o.Says), o.Why, rfc3339(o.Asked)})
+	}
+	return d
 }
 
 // levelDoc is what a pool has left. Numbers of serials are up to 2^48, which JSON keeps.
@@ -224,14 +254,14 @@ func liveView(n *nsallocv1.LiveNamespace) liveDoc {
 	return d
 }
 
-func poolView(p *alloc.Pool, l *alloc.Level) poolDoc {
+func poolView(p *alloc.Pool, l *alloc.Level, s *alloc.Standing) poolDoc {
 	var level *levelDoc
 	if l != nil {
 		level = &levelDoc{Left: l.Left, Generations: l.Generations, Burn: l.Burn, Over: l.Over.Seconds(), RunsOut: rfc3339(l.RunsOut)}
 	}
 	return poolDoc{
-		Level: level,
-		UUID:  p.UUID, Generation: uint64(p.Generation), State: string(p.State), Format: p.Format,
+		Level: level, Standing: standingView(s),
+		UUID: p.UUID, Generation: uint64(p.Generation), State: string(p.State), Format: p.Format,
 		Policy: policyView(p.Policy),
 	}
 }

@@ -27,11 +27,10 @@ type metrics struct {
 	panics   prometheus.Counter
 	swept    prometheus.Counter
 	lanes    *prometheus.CounterVec
-	again    *prometheus.CounterVec
 	up       prometheus.Gauge
 }
 
-func newMetrics(r *prometheus.Registry, v *view) *metrics {
+func newMetrics(r *prometheus.Registry, v *view, w Witness) *metrics {
 	const ns = "nsalloc"
 	m := &metrics{
 		registry: r,
@@ -47,17 +46,15 @@ func newMetrics(r *prometheus.Registry, v *view) *metrics {
 		swept:  prometheus.NewCounter(prometheus.CounterOpts{Namespace: ns, Name: "requests_swept_total", Help: "Records of old requests that were deleted."}),
 		lanes: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: ns, Name: "lanes_lost_total",
 			Help: "Lanes that this server lost, with the rest of their ranges: taken by a copy of this server or by a store that was put back, or swept because they were not used for long."}, []string{"why"}),
-		again: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: ns, Name: "sandboxes_registered_again_total",
-			Help: "Sandboxes that hosts registered again after the store had forgotten history: done, or refused because they have gone on elsewhere or are over."}, []string{"outcome"}),
 		up: prometheus.NewGauge(prometheus.GaugeOpts{Namespace: ns, Name: "serving", Help: "1 while the store answers, the view keeps up and there is a pool."}),
 	}
-	r.MustRegister(m.grpc, m.serials, m.refusals, m.commits, m.panics, m.swept, m.lanes, m.again, m.up, viewCollector{v},
+	if w != nil {
+		r.MustRegister(witnessCollector{w})
+	}
+	r.MustRegister(m.grpc, m.serials, m.refusals, m.commits, m.panics, m.swept, m.lanes, m.up, viewCollector{v},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	for _, why := range []string{laneTaken, laneSwept} {
 		m.lanes.WithLabelValues(why)
-	}
-	for _, outcome := range []string{againDone, againRefused} {
-		m.again.WithLabelValues(outcome)
 	}
 	for _, outcome := range []string{"ok", string(alloc.ReasonConflict), string(alloc.ReasonUnknownOutcome), string(alloc.ReasonUnavailable)} {
 		m.commits.WithLabelValues(outcome) // a rate needs the zero
@@ -69,12 +66,6 @@ func newMetrics(r *prometheus.Registry, v *view) *metrics {
 const (
 	laneTaken = "taken"
 	laneSwept = "swept"
-)
-
-// What became of a sandbox that was registered again.
-const (
-	againDone    = "done"
-	againRefused = "refused"
 )
 
 func (m *metrics) serving(yes bool) {
@@ -108,23 +99,23 @@ func (s measured) Commit(ctx context.Context, tx alloc.Tx) (alloc.Revision, erro
 type viewCollector struct{ v *view }
 
 var (
-	descLoaded   = prometheus.NewDesc("nsalloc_view_loaded", "1 while reads are answered from the view.", nil, nil)
-	descRevision = prometheus.NewDesc("nsalloc_view_revision", "The store's revision that the view reflects.", nil, nil)
-	descLag      = prometheus.NewDesc("nsalloc_view_lag_revisions", "How far the view was behind the store's newest known revision.", nil, nil)
-	descLoads    = prometheus.NewDesc("nsalloc_view_loads_total", "How often the whole store was read.", nil, nil)
-	descRecords  = prometheus.NewDesc("nsalloc_view_records", "Records in the view.", []string{"kind"}, nil)
-	descUnread   = prometheus.NewDesc("nsalloc_view_unreadable_records", "Records that cannot be read and are left out of the view; the log names them.", []string{"kind"}, nil)
-	descCounter  = prometheus.NewDesc("nsalloc_pool_counter", "The next free counter of the pool's generation.", nil, nil)
-	descLeft     = prometheus.NewDesc("nsalloc_pool_serials_left", "Serials of the pool's generation that nobody holds. At 0 no server and no host gets another range.", nil, nil)
-	descGensLeft = prometheus.NewDesc("nsalloc_pool_generations_left", "Generations that the pool can still begin.", nil, nil)
-	descBurn     = prometheus.NewDesc("nsalloc_pool_burn_per_second", "Serials a second that were taken from the pool's counter over the last hour, as far as this server saw it; what the ranges of servers and hosts hold counts.", nil, nil)
-	descQuota    = prometheus.NewDesc("nsalloc_host_quota_used_max_ratio", "The largest part of its quota for 24 hours that a host has used; at 1 it is granted no more serials. nsalloc host list names it.", nil, nil)
-	descGen      = prometheus.NewDesc("nsalloc_pool_generation", "The pool's generation.", nil, nil)
-	descSettled  = prometheus.NewDesc("nsalloc_pool_settled", "0 while the store has forgotten history and a host has not said yet what lives on it, else 1.", nil, nil)
+	descLoaded     = prometheus.NewDesc("nsalloc_view_loaded", "1 while reads are answered from the view.", nil, nil)
+	descRevision   = prometheus.NewDesc("nsalloc_view_revision", "The store's revision that the view reflects.", nil, nil)
+	descLag        = prometheus.NewDesc("nsalloc_view_lag_revisions", "How far the view was behind the store's newest known revision.", nil, nil)
+	descLoads      = prometheus.NewDesc("nsalloc_view_loads_total", "How often the whole store was read.", nil, nil)
+	descRecords    = prometheus.NewDesc("nsalloc_view_records", "Records in the view.", []string{"kind"}, nil)
+	descUnread     = prometheus.NewDesc("nsalloc_view_unreadable_records", "Records that cannot be read and are left out of the view; the log names them.", []string{"kind"}, nil)
+	descCounter    = prometheus.NewDesc("nsalloc_pool_counter", "The next free counter of the pool's generation.", nil, nil)
+	descLeft       = prometheus.NewDesc("nsalloc_pool_serials_left", "Serials of the pool's generation that nobody holds. At 0 no server and no host gets another range.", nil, nil)
+	descGensLeft   = prometheus.NewDesc("nsalloc_pool_generations_left", "Generations that the pool can still begin.", nil, nil)
+	descBurn       = prometheus.NewDesc("nsalloc_pool_burn_per_second", "Serials a second that were taken from the pool's counter over the last hour, as far as this server saw it; what the ranges of servers and hosts hold counts.", nil, nil)
+	descQuota      = prometheus.NewDesc("nsalloc_host_quota_used_max_ratio", "The largest part of its quota for 24 hours that a host has used; at 1 it is granted no more serials. nsalloc host list names it.", nil, nil)
+	descRecovering = prometheus.NewDesc("nsalloc_pool_recovering", "1 while the pool is closed because its store has lost history.", nil, nil)
+	descGen        = prometheus.NewDesc("nsalloc_pool_generation", "The pool's generation.", nil, nil)
 )
 
 func (viewCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descLoaded, descRevision, descLag, descLoads, descRecords, descUnread, descCounter, descLeft, descGensLeft, descBurn, descQuota, descGen, descSettled} {
+	for _, d := range []*prometheus.Desc{descLoaded, descRevision, descLag, descLoads, descRecords, descUnread, descCounter, descLeft, descGensLeft, descBurn, descQuota, descRecovering, descGen} {
 		ch <- d
 	}
 }
@@ -165,11 +156,11 @@ func (c viewCollector) Collect(ch chan<- prometheus.Metric) {
 		}
 		gauge(descQuota, most)
 		gauge(descGen, float64(c.v.ix.pool.Generation))
-		settled := 0.0
-		if c.v.ix.pool.IsSettled() {
-			settled = 1
+		recovering := 0.0
+		if c.v.ix.pool.State != alloc.PoolOpen {
+			recovering = 1
 		}
-		gauge(descSettled, settled)
+		gauge(descRecovering, recovering)
 	}
 }
 

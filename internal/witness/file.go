@@ -87,7 +87,7 @@ func Open(dir string) (w *File, fresh bool, err error) {
 	}
 	if !found {
 		return nil, false, fmt.Errorf("%s is damaged: what this server has seen of its pool is not known; put it back from a backup, or move it away and start the server again: "+
-			"it then trusts what its store says", path)
+			"it then takes a new generation before it issues anything", path)
 	}
 	return w, false, nil
 }
@@ -153,9 +153,7 @@ func (w *File) write(seen Seen) error {
 func (w *File) Seen() Seen {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	s := w.seen
-	s.Slots = slices.Clone(s.Slots)
-	return s
+	return w.seen.clone()
 }
 
 // Update changes what is remembered. When it returns without an error the change is on disk; those that wait
@@ -173,8 +171,7 @@ func (w *File) Update(change func(*Seen)) error {
 		return nil
 	}
 	w.mu.Lock()
-	seen, upTo := w.seen, w.changes
-	seen.Slots = slices.Clone(seen.Slots)
+	seen, upTo := w.seen.clone(), w.changes
 	w.mu.Unlock()
 	err := w.write(seen)
 	w.mu.Lock()

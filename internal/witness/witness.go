@@ -12,14 +12,44 @@
 //   - Each new connection to the store is verified before anything is written over it: gRPC reconnects
 //     silently, perhaps to a store that was put back meanwhile. What was on its way on an older connection is
 //     an unknown outcome, whatever was answered.
+//   - It follows the pool, the counter and the servers by a watch, and writes down what it sees.
 //
-// A store that is behind gets its pool record set to recovering, so that nothing is issued or moved by
-// anybody, and stays so until the pool is in a later generation (nsalloc pool recover). A server that finds
-// another life under its name writes nothing more until it is started again.
+// # The others
+//
+// One server may have seen nothing of what the store has forgotten. So each asks all others on each new connection:
+// those that the store lists and those that its witness has seen, because the store's list may be the older one. It
+// writes a nonce into its own record, and who is asked reads that in its own store before it answers. So an old
+// and a restored cluster that are alive together are told apart, and the judgement of the one that is asked
+// is of the asker's store. Nobody need judge another one's slots.
+//
+//	new connection --look--> behind? --no--> ask all --all heard, sound--> trusted
+//	                           |               |
+//	                          yes              +--behind--> close the pool
+//	                           v               +--not heard, policy new-generation--> take a generation --> look
+//	                     close the pool        +--not heard, policy wait--> refuse, and ask again
+//
+//	pool recovering --> ask all --> take the generation after all that was heard of, open --> look
+//
+// # New generations
+//
+// A store that is behind gets its pool record set to recovering, so that nothing is issued or moved by anybody.
+// Whoever notices, by a watch or by what it reads, asks all others again and takes the next generation: after all
+// that anybody has seen, with a counter that begins at a random point (alloc.Raise). Of several servers one wins. That
+// is once in ten minutes, by what the store says and by what the witness remembers, because a store can be put back
+// twice; and not with few generations left. Otherwise an operator does it: nsalloc pool recover.
+//
+// A server without a witness trusts nobody, and takes a generation first. There are two exceptions: the pool was made
+// a moment ago and nobody has done anything in it; or the server is new to the pool and all others say that the
+// store has what they have seen: each acknowledgement there ever was is one of theirs (Due).
+//
+// A server that finds another life under its name writes nothing more until it is started again.
 package witness
 
 import (
 	"fmt"
+	"maps"
+	"slices"
+	"time"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
@@ -39,6 +69,39 @@ type Seen struct {
 	Life        string `json:"life"`
 	// Slots are the life's slots, by number.
 	Slots []Mark `json:"slots"`
+	// Others are the other servers of the pool, by name, as the store had them when it was last found sound.
+	Others map[string]Peer `json:"others,omitempty"`
+	// Due is what is owed before this server trusts its store.
+	Due Due `json:"due,omitempty"`
+	// Raised is when a server last took a generation by itself, as far as was seen: the store may have forgotten.
+	Raised time.Time `json:"raised,omitzero"`
+}
+
+// Peer is another server: where it is asked, and which of its lives that was.
+type Peer struct {
+	Address string `json:"address"`
+	Life    uint64 `json:"life"`
+}
+
+// Due is what a server that had no witness owes before it trusts its store.
+type Due string
+
+// What can be due. It is on disk before the server writes anything to the store, so that a second start does not
+// take the first one's beginning for a witness.
+const (
+	// DueNothing: it has a witness, or the pool was made a moment ago.
+	DueNothing Due = ""
+	// DueHeard: it is new to the pool. Whatever was acknowledged was acknowledged by one of the others; when all
+	// of them say that the store has what they have seen, it has everything. So a new replica costs no generation.
+	DueHeard Due = "all others heard"
+	// DueGeneration: it was of the pool before and has lost its witness, or has nobody to ask. What it had
+	// seen nobody can know; only a generation that it never issued in makes up for that.
+	DueGeneration Due = "a new generation"
+)
+
+func (s Seen) clone() Seen {
+	s.Slots, s.Others = slices.Clone(s.Slots), maps.Clone(s.Others)
+	return s
 }
 
 // Mark is the last write through a slot.
@@ -70,11 +133,13 @@ type look struct {
 	counter *alloc.Counter
 	server  *alloc.Server
 	slots   []*alloc.Slot // as many as Seen has
+	servers []*alloc.Server
+	entries [3]alloc.Entry // of pool, counter and server
 }
 
 // judge compares what was seen with what a store has; alive says that the life of Seen is this process, whose
-// pending writes may be there as well: pending[n] are the nonces that slot n may have.
-func (s Seen) judge(l look, alive bool, pending func(n int, nonce string) bool) (Verdict, string) {
+// pending writes may be there as well: pending says whether a slot may be as it was found.
+func (s Seen) judge(l look, alive bool, pending func(n int, found *alloc.Slot) bool) (Verdict, string) {
 	switch {
 	case s.Pool == "":
 		return Sound, "" // nothing was seen
@@ -104,7 +169,7 @@ func (s Seen) judge(l look, alive bool, pending func(n int, nonce string) bool) 
 		case mark.Writes == 0:
 		case has == nil || has.Writes < mark.Writes:
 			return Behind, fmt.Sprintf("it has %d writes of this server's slot %d, and was seen to have %d", writes(has), n, mark.Writes)
-		case has.Nonce == mark.Nonce || pending(n, has.Nonce):
+		case has.Nonce == mark.Nonce || pending(n, has):
 		case has.Writes == mark.Writes:
 			return Behind, fmt.Sprintf("write %d through this server's slot %d is not the one that was seen", mark.Writes, n)
 		case alive:
@@ -139,4 +204,51 @@ func (s *Seen) sees(l look) {
 	if l.counter != nil && l.counter.Generation == s.Generation {
 		s.Counter = max(s.Counter, l.counter.Next)
 	}
+	if l.pool.Raised.After(s.Raised) {
+		s.Raised = l.pool.Raised
+	}
+}
+
+// follows takes over which other servers a sound store has.
+func (s *Seen) follows(servers []*alloc.Server) {
+	s.Others = map[string]Peer{}
+	for _, rec := range servers {
+		if rec.Name != s.Server && rec.Listed() {
+			s.Others[rec.Name] = Peer{rec.Address, rec.Incarnation}
+		}
+	}
+}
+
+// follow takes over what a sound store has of one server.
+func (s *Seen) follow(rec *alloc.Server) {
+	switch had, ok := s.Others[rec.Name]; {
+	case rec.Name == s.Server:
+	case rec.Listed():
+		if s.Others == nil {
+			s.Others = map[string]Peer{}
+		}
+		s.Others[rec.Name] = Peer{rec.Address, rec.Incarnation}
+	case ok && rec.Removed >= had.Life:
+		delete(s.Others, rec.Name)
+	}
+}
+
+// others are the servers to be asked, by name: those that the store lists, which may have forgotten some, and
+// those that were seen and not removed since.
+func (s Seen) others(servers []*alloc.Server) map[string]Peer {
+	all := map[string]Peer{}
+	removed := map[string]uint64{}
+	for _, rec := range servers {
+		if removed[rec.Name] = rec.Removed; rec.Listed() {
+			all[rec.Name] = Peer{rec.Address, rec.Incarnation}
+		}
+	}
+	for name, seen := range s.Others {
+		if listed, ok := all[name]; ok && listed.Life >= seen.Life || !ok && removed[name] >= max(seen.Life, 1) {
+			continue
+		}
+		all[name] = seen
+	}
+	delete(all, s.Server)
+	return all
 }

@@ -33,9 +33,6 @@ type Pool struct {
 	// Target, while State is PoolRecovering, is the least generation in which the pool may open again: later than
 	// all that those have seen who found that the store has lost history; 0 for the next one.
 	Target Generation `json:"target,omitempty"`
-	// Settled is the last generation of which every host has said what lives on it, or was waived; 0 when none was
-	// noted. See IsSettled.
-	Settled Generation `json:"settled,omitempty"`
 	// Raised is when a server last raised the generation by itself, by its clock; zero while none has.
 	Raised time.Time `json:"raised,omitzero"`
 	// Created is when InitPool made the pool, by its clock; zero in pools of before.
@@ -155,7 +152,7 @@ func (p *Pool) check() error {
 	case p.State != PoolOpen:
 		return &Error{Reason: ReasonRecovering, Subject: "pool " + p.UUID,
 			Msg: "the store may have lost history, nothing is issued until the generation was raised",
-			Fix: "the servers' logs say what they have seen and the store has not: put back a newer snapshot of it; if there is none, begin the next generation: nsalloc pool recover", RetryAfter: retrySoon}
+			Fix: "the servers raise it when all of them were heard, and nsalloc pool status says what they wait for; a newer snapshot of the store loses nothing, and nsalloc pool recover waits for nobody", RetryAfter: retrySoon}
 	}
 	return nil
 }

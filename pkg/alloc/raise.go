@@ -45,7 +45,6 @@ func raised(now *Pool, to Generation) *Pool {
 	p := *now
 	p.Generation, p.Nonce = to, newNonce()
 	p.State, p.Target = PoolOpen, 0
-	p.Settled = min(p.Settled, to-1)
 	return &p
 }
 

@@ -144,4 +144,4 @@ func ValidateAddress(address string) error {
 	return validText("server address", address, 1, maxAddress)
 }
 
-const maxAddress = 160
+const maxAddress = 128
