@@ -32,7 +32,7 @@ var expected = []struct{ cells, verdict string }{
 	{`^(agent|server)/Release/.* bound-orphan$`, transit},
 
 	// A server's answer is late, and its callers ask again.
-	{`^server/(Allocate|Mend|SetPolicy|Remove|Hello|Grant|Register)/`, onA},
+	{`^server/(Allocate|Mend|SetPolicy|Remove|Waive|Hello|Grant|Register|RegisterAgain)/`, onA},
 	{`^server/End/`, `ended`},
 	{`^server/Open/`, transit + either + onA + either + onAVoid}, // the restart may take longer than a hook waits
 	{`^server/Confirm/`, transit},

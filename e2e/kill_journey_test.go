@@ -41,6 +41,8 @@ var journeys = map[string]journey{
 	"mend":     {prepare: (*cellRun).prepareMend, op: (*cellRun).mend, holds: (*cellRun).mendedOnce},
 	"policy":   {prepare: (*cellRun).preparePolicy, op: (*cellRun).setPolicy, holds: (*cellRun).policySet},
 	"remove":   {prepare: (*cellRun).prepareUnlist, op: (*cellRun).unlist, holds: (*cellRun).unlistedOnce},
+	"again":    {prepare: func(c *cellRun) { c.must(c.start()) }, op: (*cellRun).recover, holds: (*cellRun).settled},
+	"waive":    {prepare: (*cellRun).prepareWaive, op: (*cellRun).waive, holds: (*cellRun).waived},
 	"dump": {
 		prepare: func(c *cellRun) { c.must(c.start()) },
 		op:      func(c *cellRun) error { return c.dump("a") },
@@ -186,6 +188,7 @@ var (
 // byRPC is where an agent or an operator makes each call; a server answers it on the first of them.
 var byRPC = map[string][]place{
 	"Allocate": {{"server", "allocate"}}, "Mend": {{"server", "mend"}}, "SetPolicy": {{"server", "policy"}}, "Remove": {{"server", "remove"}},
+	"Waive": {{"server", "waive"}}, "RegisterAgain": {{"source", "again"}},
 	"Hello": onLost, "Grant": onLost, "Register": {{"source", "start"}, {"target", "clone"}}, "End": onEnd,
 	"Open": onDump, "Confirm": onDump, "Abort": {{"source", "leave-running"}},
 	"Claim": onRestore, "Bind": onRestore, "Release": {{"target", "parked"}},

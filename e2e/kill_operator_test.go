@@ -1,11 +1,16 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
 	"reflect"
 	"slices"
 	"strconv"
+	"strings"
+
+	"google.golang.org/grpc"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/client"
@@ -166,4 +171,57 @@ func (c *cellRun) unlistedOnce() error {
 		err = fmt.Errorf("of one server that runs and one that was removed, these are listed: %+v", found)
 	}
 	return err
+}
+
+// recover takes the pool into its next generation, as after a snapshot was put back: the hosts register again what
+// lives on them.
+func (c *cellRun) recover() error {
+	return client.Retry(c.p.ctx(), func(id string) error {
+		_, err := c.p.Client().Mend(c.p.ctx(), alloc.MendCommand{RequestID: id, Kind: alloc.KindCounter, Force: true})
+		return err
+	})
+}
+
+// settled: every host has said what lives on it.
+func (c *cellRun) settled() error {
+	pool, _, err := c.p.Client().Pool(c.p.ctx())
+	if err == nil && !pool.IsSettled() {
+		err = fmt.Errorf("the pool is in generation %d and settled in %d", pool.Generation, pool.Settled)
+	}
+	return err
+}
+
+// goneHost is one that has joined and never comes back.
+const goneHost = "gone"
+
+// prepareWaive has a host join and go, and the pool in its next generation: it waits for that host.
+func (c *cellRun) prepareWaive() {
+	c.must(c.start())
+	gone, err := client.Dial(c.p.ServerAddr(), client.WithInsecure(), client.WithHost(goneHost), client.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
+		return c.p.DialContext(ctx, "tcp", strings.TrimPrefix(addr, "passthrough:///"))
+	})))
+	c.must(err)
+	defer gone.Close()
+	c.must(client.Retry(c.p.ctx(), func(id string) error {
+		_, _, err := gone.Hello(c.p.ctx(), alloc.HelloCommand{RequestID: id, BootID: "00000000-0000-4000-8000-000000000000", Nonce: "0123456789abcdef"})
+		return err
+	}), c.recover())
+}
+
+// waive says that nobody waits for that host, until there is an answer.
+func (c *cellRun) waive() error {
+	c.request = client.NewRequestID()
+	return c.waiveAgain()
+}
+
+func (c *cellRun) waiveAgain() error {
+	return client.RetryID(c.p.ctx(), c.request, func(id string) error {
+		_, _, err := c.p.Client().Waive(c.p.ctx(), alloc.WaiveCommand{RequestID: id, Host: goneHost})
+		return err
+	})
+}
+
+// waived: it may be asked for again, and the pool waits for nobody.
+func (c *cellRun) waived() error {
+	return errors.Join(c.waiveAgain(), c.settled())
 }

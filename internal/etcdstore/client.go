@@ -3,6 +3,7 @@ package etcdstore
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"math"
 	"strings"
@@ -53,6 +54,8 @@ type Config struct {
 type Client struct {
 	etcd    *clientv3.Client
 	timeout time.Duration
+	// unwatched is the configuration of etcd without what notices connections.
+	unwatched clientv3.Config
 }
 
 // Dial makes a client. It connects in the background: a server that is down shows in the first call.
@@ -63,7 +66,7 @@ func Dial(cfg Config) (*Client, error) {
 	if cfg.Timeout == 0 {
 		cfg.Timeout = DefaultTimeout
 	}
-	etcd, err := clientv3.New(clientv3.Config{
+	unwatched := clientv3.Config{
 		Endpoints:            cfg.Endpoints,
 		TLS:                  cfg.TLS,
 		Username:             cfg.Username,
@@ -74,12 +77,14 @@ func Dial(cfg Config) (*Client, error) {
 		// One try a call, see Client. What may be repeated, reads, is repeated by us.
 		MaxUnaryRetries: 1,
 		Logger:          zap.NewNop(), // every error reaches the caller
-		DialOptions:     []grpc.DialOption{grpc.WithStatsHandler(wire{cfg.Connected})},
-	})
+	}
+	watched := unwatched
+	watched.DialOptions = []grpc.DialOption{grpc.WithStatsHandler(wire{cfg.Connected})}
+	etcd, err := clientv3.New(watched)
 	if err != nil {
 		return nil, unavailable("etcd "+strings.Join(cfg.Endpoints, ","), "the client cannot be made", err)
 	}
-	return &Client{etcd: etcd, timeout: cfg.Timeout}, nil
+	return &Client{etcd: etcd, timeout: cfg.Timeout, unwatched: unwatched}, nil
 }
 
 // Close ends all calls and watches.
@@ -136,15 +141,22 @@ func (w wire) HandleConn(_ context.Context, s stats.ConnStats) {
 
 // CheckServer asks every endpoint for its version. It returns a warning for each that is out of
 // support or does not answer, and an error when none answers or one is too old to work.
+//
+// It asks over connections of its own, over which nothing is written: Config.Connected does not hear of them.
 func (c *Client) CheckServer(ctx context.Context) (warnings []string, err error) {
 	ctx, cancel := c.bound(ctx)
 	defer cancel()
 	endpoints := c.etcd.Endpoints()
+	etcd, err := clientv3.New(c.unwatched)
+	if err != nil {
+		return nil, unavailable("etcd "+strings.Join(endpoints, ","), "the client cannot be made", err)
+	}
+	defer func() { err = errors.Join(err, etcd.Close()) }()
 	versions, errs := make([]string, len(endpoints)), make([]error, len(endpoints))
 	var wg sync.WaitGroup
 	for i, ep := range endpoints {
 		wg.Go(func() {
-			st, err := c.etcd.Status(ctx, ep)
+			st, err := etcd.Status(ctx, ep)
 			if err != nil {
 				errs[i] = err
 				return

@@ -148,7 +148,7 @@ func TestNotStorable(t *testing.T) {
 		"no policy":     &alloc.Pool{UUID: "u", State: alloc.PoolOpen},
 		"strange stint": &alloc.OldStint{Sandbox: 1, Stint: alloc.Stint{Began: "found"}},
 		"no beginning":  &alloc.OldStint{Sandbox: 1},
-		"strange end":   &alloc.OldStint{Sandbox: 1, Stint: alloc.Stint{Began: alloc.BeganClaimed, Over: "lost"}},
+		"strange end":   &alloc.OldStint{Sandbox: 1, Stint: alloc.Stint{Began: alloc.BeganClaimed, Over: "gone"}},
 		"not UTF-8":     host("a", "\xff"),
 		"all zero":      &alloc.Counter{},
 		"year 10000":    &alloc.Host{Name: "a", Hello: time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC)},

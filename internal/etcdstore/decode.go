@@ -237,8 +237,8 @@ func (d *decoder) record(m proto.Message) alloc.Record {
 		return &alloc.Host{
 			Name: m.Name, Incarnation: alloc.Incarnation(m.Incarnation), Nonce: m.Nonce, BootID: m.BootId,
 			Granted: d.ranges(m.Granted), Labels: m.Labels, Hello: d.time(m.Hello),
-			Requests: alloc.RequestLog{Marks: d.marks(m.Requests), Forgotten: m.Forgotten},
-			Quota:    alloc.Quota{Since: d.time(m.QuotaSince), Used: m.QuotaUsed}, Extra: unknown(m),
+			Requests: alloc.RequestLog{Marks: d.marks(m.Requests), Forgotten: m.Forgotten}, Settled: d.generation(m.Settled), Waived: d.generation(m.Waived),
+			Quota: alloc.Quota{Since: d.time(m.QuotaSince), Used: m.QuotaUsed}, Extra: unknown(m),
 		}
 	case *storepb.Sandbox:
 		return d.sandbox(m)
@@ -277,7 +277,7 @@ func (d *decoder) pool(m *storepb.Pool) *alloc.Pool {
 			HostQuota:      m.Policy.GetHostQuota(),
 			UnheardWitness: domain(d, unheards, m.Policy.GetUnheardWitness()),
 		},
-		Format: int(m.Format), Nonce: m.Nonce, Target: d.target(m.Target), Raised: d.time(m.Raised), Created: d.time(m.Created), PolicyExtra: unknown(m.Policy), Extra: unknown(m),
+		Format: int(m.Format), Nonce: m.Nonce, Target: d.generation(m.Target), Settled: d.generation(m.Settled), Raised: d.time(m.Raised), Created: d.time(m.Created), PolicyExtra: unknown(m.Policy), Extra: unknown(m),
 	}
 }
 
@@ -285,7 +285,7 @@ func (d *decoder) sandbox(m *storepb.Sandbox) *alloc.Sandbox {
 	s := &alloc.Sandbox{
 		Serial: alloc.Serial(m.Serial), State: domain(d, sandboxStates, m.State), Owner: m.Owner, Epoch: alloc.Epoch(m.Epoch),
 		OfHost: m.OfHost, Labels: m.Labels, Checkpoint: alloc.Serial(m.Checkpoint), Created: d.time(m.Created),
-		Requests: alloc.RequestLog{Marks: d.marks(m.Requests), Forgotten: m.Forgotten}, Extra: unknown(m),
+		Requests: alloc.RequestLog{Marks: d.marks(m.Requests), Forgotten: m.Forgotten}, Again: d.generation(m.Again), Extra: unknown(m),
 	}
 	s.Bindings = slices.Grow(s.Bindings, len(m.Bindings))
 	for _, b := range m.Bindings {
@@ -346,12 +346,4 @@ func (d *decoder) marks(ms []*storepb.RequestMark) (rs []alloc.RequestMark) {
 		rs = append(rs, alloc.RequestMark{ID: m.Id, Digest: d.digest(m.Digest)})
 	}
 	return rs
-}
-
-// target is a generation, or 0 for none.
-func (d *decoder) target(g uint32) alloc.Generation {
-	if g == 0 {
-		return 0
-	}
-	return d.generation(g)
 }

@@ -101,6 +101,7 @@ func (e *encoder) record(rec alloc.Record) proto.Message {
 			Name: r.Name, Incarnation: uint64(r.Incarnation), Nonce: r.Nonce, BootId: r.BootID,
 			Granted: ranges(r.Granted), Labels: r.Labels, Hello: e.time(r.Hello), Requests: marks(r.Requests.Marks), Forgotten: r.Requests.Forgotten,
 			QuotaSince: e.time(r.Quota.Since), QuotaUsed: r.Quota.Used,
+			Settled: uint32(r.Settled), Waived: uint32(r.Waived),
 		}, r.Extra)
 	case *alloc.Sandbox:
 		return e.sandbox(r)
@@ -140,7 +141,7 @@ func (e *encoder) pool(p *alloc.Pool) proto.Message {
 			HostQuota:      p.Policy.HostQuota,
 			UnheardWitness: stored(e, unheards, p.Policy.UnheardWitness),
 		}, p.PolicyExtra),
-		Format: uint32(p.Format), Nonce: p.Nonce, Target: uint32(p.Target), Raised: e.time(p.Raised), Created: e.time(p.Created),
+		Format: uint32(p.Format), Nonce: p.Nonce, Target: uint32(p.Target), Settled: uint32(p.Settled), Raised: e.time(p.Raised), Created: e.time(p.Created),
 	}, p.Extra)
 }
 
@@ -148,7 +149,7 @@ func (e *encoder) sandbox(s *alloc.Sandbox) proto.Message {
 	m := &storepb.Sandbox{
 		Serial: uint64(s.Serial), State: stored(e, sandboxStates, s.State), Owner: s.Owner, Epoch: uint64(s.Epoch),
 		OfHost: s.OfHost, Labels: s.Labels, Checkpoint: uint64(s.Checkpoint), Created: e.time(s.Created),
-		Requests: marks(s.Requests.Marks), Forgotten: s.Requests.Forgotten,
+		Requests: marks(s.Requests.Marks), Forgotten: s.Requests.Forgotten, Again: uint32(s.Again),
 	}
 	m.Bindings = make([]*storepb.Binding, len(s.Bindings))
 	made := make([]storedBinding, len(s.Bindings)) // at once: a registration has hundreds

@@ -54,6 +54,7 @@ var (
 		storepb.StintBegan_STINT_BEGAN_REGISTERED: alloc.BeganRegistered,
 		storepb.StintBegan_STINT_BEGAN_CLAIMED:    alloc.BeganClaimed,
 		storepb.StintBegan_STINT_BEGAN_CLONED:     alloc.BeganCloned,
+		storepb.StintBegan_STINT_BEGAN_AGAIN:      alloc.BeganAgain,
 	})
 	stintOvers = newEnum("end of a stint", map[storepb.StintOver]alloc.StintOver{
 		storepb.StintOver_STINT_OVER_UNSPECIFIED:  "", // it lasts
@@ -62,6 +63,7 @@ var (
 		storepb.StintOver_STINT_OVER_ENDED:        alloc.OverEnded,
 		storepb.StintOver_STINT_OVER_FENCED:       alloc.OverFenced,
 		storepb.StintOver_STINT_OVER_CLAIM_FENCED: alloc.OverClaimFenced,
+		storepb.StintOver_STINT_OVER_LOST:         alloc.OverLost,
 	})
 	namespaceTypes = newEnum("namespace type", map[storepb.NamespaceType]alloc.NamespaceType{
 		storepb.NamespaceType_NAMESPACE_TYPE_MNT:    alloc.Mnt,

@@ -342,7 +342,14 @@ func TestUnknownKindsAreLeftAlone(t *testing.T) {
 }
 
 func TestCheckServer(t *testing.T) {
-	warnings, err := dial(t, Config{Endpoints: []string{shared.Endpoint()}}).CheckServer(t.Context())
+	var connections atomic.Int64
+	checked := dial(t, Config{Endpoints: []string{shared.Endpoint()}, Connected: func() { connections.Add(1) }})
+	put(t, open(t, checked, "checked"), host("a", "0")) // its own connection is there
+	before := connections.Load()
+	warnings, err := checked.CheckServer(t.Context())
+	if now := connections.Load(); now != before {
+		t.Errorf("%d connections, and %d before: who verifies each of them is disturbed", now, before)
+	}
 	if err != nil || len(warnings) > 0 {
 		t.Errorf("the embedded server: %q, %v", warnings, err)
 	}

@@ -17,11 +17,12 @@ var permissions = map[string][]Kind{
 	"/nsalloc.v1.Allocator/Allocate": everyone,
 	"/nsalloc.v1.Allocator/GetPool":  everyone,
 
-	"/nsalloc.v1.Sandboxes/Register": hosts,
-	"/nsalloc.v1.Sandboxes/End":      hosts,
-	"/nsalloc.v1.Sandboxes/Get":      everyone,
-	"/nsalloc.v1.Sandboxes/List":     everyone,
-	"/nsalloc.v1.Sandboxes/History":  everyone,
+	"/nsalloc.v1.Sandboxes/Register":      hosts,
+	"/nsalloc.v1.Sandboxes/RegisterAgain": hosts,
+	"/nsalloc.v1.Sandboxes/End":           hosts,
+	"/nsalloc.v1.Sandboxes/Get":           everyone,
+	"/nsalloc.v1.Sandboxes/List":          everyone,
+	"/nsalloc.v1.Sandboxes/History":       everyone,
 
 	"/nsalloc.v1.Handoff/Open":            hosts,
 	"/nsalloc.v1.Handoff/Confirm":         hosts,
@@ -34,6 +35,7 @@ var permissions = map[string][]Kind{
 
 	"/nsalloc.v1.Hosts/Hello": hosts,
 	"/nsalloc.v1.Hosts/Grant": hosts,
+	"/nsalloc.v1.Hosts/Waive": operator,
 	"/nsalloc.v1.Hosts/Get":   everyone,
 	"/nsalloc.v1.Hosts/List":  everyone,
 

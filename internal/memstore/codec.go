@@ -60,8 +60,8 @@ var words = map[reflect.Type][]string{
 	reflect.TypeFor[alloc.SandboxState]():    {"running", "dumped", "in_transit", "claimed", "ended"},
 	reflect.TypeFor[alloc.CheckpointState](): {"open", "copy", "void", "consumed"},
 	reflect.TypeFor[alloc.NamespaceType]():   {"mnt", "uts", "ipc", "pid", "net", "cgroup", "user", "time"},
-	reflect.TypeFor[alloc.StintBegan]():      {"registered", "claimed", "cloned"},
-	reflect.TypeFor[alloc.StintOver]():       {"", "handed off", "released", "ended", "fenced", "claim fenced"},
+	reflect.TypeFor[alloc.StintBegan]():      {"registered", "claimed", "cloned", "registered again"},
+	reflect.TypeFor[alloc.StintOver]():       {"", "handed off", "released", "ended", "fenced", "claim fenced", "lost"},
 }
 
 var timeType = reflect.TypeFor[time.Time]()

@@ -53,6 +53,19 @@ func (s hosts) Grant(ctx context.Context, req *nsallocv1.GrantRequest) (*nsalloc
 	return &nsallocv1.GrantResponse{Granted: wire.RangesToWire(granted)}, nil
 }
 
+// maxWaitsFor is how many hosts an answer names.
+const maxWaitsFor = 100
+
+func (s hosts) Waive(ctx context.Context, req *nsallocv1.WaiveRequest) (*nsallocv1.WaiveResponse, error) {
+	cmd := wire.WaiveCommand(req, caller(ctx).String())
+	host, waitsFor, err := s.service.Waive(ctx, cmd)
+	if err != nil {
+		return nil, err
+	}
+	s.log.WarnContext(ctx, "nobody waits for a host any more to say what lives on it", "host", host.Name, "generation", host.Waived, "waits_for", len(waitsFor), "request", cmd.RequestID, "by", cmd.Actor)
+	return &nsallocv1.WaiveResponse{Host: wire.HostToWire(host), WaitsFor: waitsFor[:min(len(waitsFor), maxWaitsFor)]}, nil
+}
+
 func (s hosts) Get(ctx context.Context, req *nsallocv1.HostsGetRequest) (*nsallocv1.HostsGetResponse, error) {
 	if err := alloc.ValidateName("host name", req.GetName()); err != nil {
 		return nil, err

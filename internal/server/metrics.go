@@ -27,6 +27,7 @@ type metrics struct {
 	panics   prometheus.Counter
 	swept    prometheus.Counter
 	lanes    *prometheus.CounterVec
+	again    *prometheus.CounterVec
 	up       prometheus.Gauge
 }
 
@@ -46,15 +47,20 @@ func newMetrics(r *prometheus.Registry, v *view, w Witness) *metrics {
 		swept:  prometheus.NewCounter(prometheus.CounterOpts{Namespace: ns, Name: "requests_swept_total", Help: "Records of old requests that were deleted."}),
 		lanes: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: ns, Name: "lanes_lost_total",
 			Help: "Lanes that this server lost, with the rest of their ranges: taken by a copy of this server or by a store that was put back, or swept because they were not used for long."}, []string{"why"}),
+		again: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: ns, Name: "sandboxes_registered_again_total",
+			Help: "Sandboxes that hosts registered again after the store had forgotten history: done, or refused because they have gone on elsewhere or are over."}, []string{"outcome"}),
 		up: prometheus.NewGauge(prometheus.GaugeOpts{Namespace: ns, Name: "serving", Help: "1 while the store answers, the view keeps up and there is a pool."}),
 	}
 	if w != nil {
 		r.MustRegister(witnessCollector{w})
 	}
-	r.MustRegister(m.grpc, m.serials, m.refusals, m.commits, m.panics, m.swept, m.lanes, m.up, viewCollector{v},
+	r.MustRegister(m.grpc, m.serials, m.refusals, m.commits, m.panics, m.swept, m.lanes, m.again, m.up, viewCollector{v},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	for _, why := range []string{laneTaken, laneSwept} {
 		m.lanes.WithLabelValues(why)
+	}
+	for _, outcome := range []string{againDone, againRefused} {
+		m.again.WithLabelValues(outcome)
 	}
 	for _, outcome := range []string{"ok", string(alloc.ReasonConflict), string(alloc.ReasonUnknownOutcome), string(alloc.ReasonUnavailable)} {
 		m.commits.WithLabelValues(outcome) // a rate needs the zero
@@ -66,6 +72,12 @@ func newMetrics(r *prometheus.Registry, v *view, w Witness) *metrics {
 const (
 	laneTaken = "taken"
 	laneSwept = "swept"
+)
+
+// What became of a sandbox that was registered again.
+const (
+	againDone    = "done"
+	againRefused = "refused"
 )
 
 func (m *metrics) serving(yes bool) {
@@ -111,11 +123,12 @@ var (
 	descBurn       = prometheus.NewDesc("nsalloc_pool_burn_per_second", "Serials a second that were taken from the pool's counter over the last hour, as far as this server saw it; what the ranges of servers and hosts hold counts.", nil, nil)
 	descQuota      = prometheus.NewDesc("nsalloc_host_quota_used_max_ratio", "The largest part of its quota for 24 hours that a host has used; at 1 it is granted no more serials. nsalloc host list names it.", nil, nil)
 	descRecovering = prometheus.NewDesc("nsalloc_pool_recovering", "1 while the pool is closed because its store has lost history.", nil, nil)
+	descSettled    = prometheus.NewDesc("nsalloc_pool_settled", "0 while the store has forgotten history and a host has not said yet what lives on it, else 1.", nil, nil)
 	descGen        = prometheus.NewDesc("nsalloc_pool_generation", "The pool's generation.", nil, nil)
 )
 
 func (viewCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descLoaded, descRevision, descLag, descLoads, descRecords, descUnread, descCounter, descLeft, descGensLeft, descBurn, descQuota, descRecovering, descGen} {
+	for _, d := range []*prometheus.Desc{descLoaded, descRevision, descLag, descLoads, descRecords, descUnread, descCounter, descLeft, descGensLeft, descBurn, descQuota, descRecovering, descGen, descSettled} {
 		ch <- d
 	}
 }
@@ -156,6 +169,11 @@ func (c viewCollector) Collect(ch chan<- prometheus.Metric) {
 		}
 		gauge(descQuota, most)
 		gauge(descGen, float64(c.v.ix.pool.Generation))
+		settled := 0.0
+		if c.v.ix.pool.IsSettled() {
+			settled = 1
+		}
+		gauge(descSettled, settled)
 		recovering := 0.0
 		if c.v.ix.pool.State != alloc.PoolOpen {
 			recovering = 1

@@ -23,6 +23,28 @@ func (s sandboxes) Register(ctx context.Context, req *nsallocv1.RegisterRequest)
 	return wire.RegisterResponse(cmd, committed, granted, req.GetBrief()), nil
 }
 
+func (s sandboxes) RegisterAgain(ctx context.Context, req *nsallocv1.RegisterAgainRequest) (*nsallocv1.RegisterAgainResponse, error) {
+	cmd := wire.AgainCommand(req, caller(ctx).Name)
+	answers, err := s.service.RegisterAgain(ctx, cmd)
+	if err != nil {
+		return nil, err
+	}
+	refused := 0
+	for i, a := range answers {
+		if a.Err != nil {
+			refused++
+			s.log.ErrorContext(ctx, "a host registers a sandbox again that has gone on elsewhere, or is over: what lives of it there becomes a clone",
+				"host", cmd.Host, "sandbox", cmd.Items[i].Sandbox, "epoch", cmd.Items[i].Epoch, "cause", a.Err)
+		}
+	}
+	if cmd.Last {
+		s.log.InfoContext(ctx, "a host has said what lives on it", "host", cmd.Host)
+	}
+	s.metrics.again.WithLabelValues(againDone).Add(float64(len(answers) - refused))
+	s.metrics.again.WithLabelValues(againRefused).Add(float64(refused))
+	return wire.AgainResponse(answers), nil
+}
+
 func (s sandboxes) End(ctx context.Context, req *nsallocv1.EndRequest) (*nsallocv1.EndResponse, error) {
 	sb, err := s.service.End(ctx, wire.EndCommand(req, caller(ctx).Name))
 	if err != nil {

@@ -115,6 +115,7 @@ func New(cfg Config) *Server {
 	}
 	s.service = alloc.NewService(measured{store, s.metrics}, cfg.Now)
 	s.service.LaneLost = s.laneLost
+	s.service.Behind = s.behind
 	s.grpc = grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeader),
@@ -219,7 +220,18 @@ func (s *Server) laneLost(id string, swept bool) {
 		"If this machine was cloned, end one of the two", "lane", id)
 }
 
+// behind tells of a store that knows less of the pool than the agent of a host.
+func (s *Server) behind(host, why string) {
+	s.log.Error("the store has lost history, as an agent's state shows: the pool is closed, and opens in a later generation", "host", host, "why", why)
+}
+
 func (s *Server) sweepOnce(ctx context.Context) {
+	if missing, err := s.service.Settle(ctx); err != nil {
+		s.log.DebugContext(ctx, "whether the pool is settled is seen at the next sweep", "error", err)
+	} else if len(missing) > 0 {
+		s.log.WarnContext(ctx, "the store has forgotten history, and hosts have not said yet what lives on them: older images wait for them, and nothing that the store says lives there is ended. For one that is gone for good: nsalloc host waive NAME",
+			"hosts", len(missing), "first", missing[0])
+	}
 	if _, err := s.service.SweepLanes(ctx); err != nil {
 		s.log.DebugContext(ctx, "the lanes of servers that are gone stay until the next sweep", "error", err)
 	}

@@ -416,6 +416,8 @@ const (
 	StintBegan_STINT_BEGAN_CLAIMED StintBegan = 2
 	// Registered as a clone.
 	StintBegan_STINT_BEGAN_CLONED StintBegan = 3
+	// Registered again after the store had forgotten it.
+	StintBegan_STINT_BEGAN_AGAIN StintBegan = 4
 )
 
 // Enum value maps for StintBegan.
@@ -425,12 +427,14 @@ var (
 		1: "STINT_BEGAN_REGISTERED",
 		2: "STINT_BEGAN_CLAIMED",
 		3: "STINT_BEGAN_CLONED",
+		4: "STINT_BEGAN_AGAIN",
 	}
 	StintBegan_value = map[string]int32{
 		"STINT_BEGAN_UNSPECIFIED": 0,
 		"STINT_BEGAN_REGISTERED":  1,
 		"STINT_BEGAN_CLAIMED":     2,
 		"STINT_BEGAN_CLONED":      3,
+		"STINT_BEGAN_AGAIN":       4,
 	}
 )
 
@@ -477,6 +481,8 @@ const (
 	StintOver_STINT_OVER_FENCED StintOver = 4
 	// The host was given up while it was restoring the sandbox.
 	StintOver_STINT_OVER_CLAIM_FENCED StintOver = 5
+	// The store has forgotten how.
+	StintOver_STINT_OVER_LOST StintOver = 6
 )
 
 // Enum value maps for StintOver.
@@ -488,6 +494,7 @@ var (
 		3: "STINT_OVER_ENDED",
 		4: "STINT_OVER_FENCED",
 		5: "STINT_OVER_CLAIM_FENCED",
+		6: "STINT_OVER_LOST",
 	}
 	StintOver_value = map[string]int32{
 		"STINT_OVER_UNSPECIFIED":  0,
@@ -496,6 +503,7 @@ var (
 		"STINT_OVER_ENDED":        3,
 		"STINT_OVER_FENCED":       4,
 		"STINT_OVER_CLAIM_FENCED": 5,
+		"STINT_OVER_LOST":         6,
 	}
 )
 
@@ -543,6 +551,9 @@ type Pool struct {
 	Nonce string `protobuf:"bytes,6,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	// While it is recovering, the least generation in which it may open again; 0 for the next one.
 	Target uint32 `protobuf:"varint,7,opt,name=target,proto3" json:"target,omitempty"`
+	// The last generation of which every host has said what lives on it, or was waived; 0 when none was noted, which
+	// in generation 1 is the same as 1.
+	Settled uint32 `protobuf:"varint,8,opt,name=settled,proto3" json:"settled,omitempty"`
 	// When a server last raised the generation by itself, by its clock; unset while none has.
 	Raised *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=raised,proto3" json:"raised,omitempty"`
 	// When the pool was created, by the clock of who did.
@@ -626,6 +637,13 @@ func (x *Pool) GetNonce() string {
 func (x *Pool) GetTarget() uint32 {
 	if x != nil {
 		return x.Target
+	}
+	return 0
+}
+
+func (x *Pool) GetSettled() uint32 {
+	if x != nil {
+		return x.Settled
 	}
 	return 0
 }
@@ -1181,6 +1199,10 @@ type Host struct {
 	Requests []*RequestMark `protobuf:"bytes,8,rep,name=requests,proto3" json:"requests,omitempty"`
 	// The greatest id that ever left requests; empty while none has.
 	Forgotten string `protobuf:"bytes,9,opt,name=forgotten,proto3" json:"forgotten,omitempty"`
+	// The generation in which the host has last said what lives on it, or that it was new in.
+	Settled uint32 `protobuf:"varint,10,opt,name=settled,proto3" json:"settled,omitempty"`
+	// The generation in which an operator has last said that nobody waits for the host.
+	Waived uint32 `protobuf:"varint,11,opt,name=waived,proto3" json:"waived,omitempty"`
 	// When the window of the host's quota began; absent while it was granted nothing.
 	QuotaSince *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=quota_since,json=quotaSince,proto3" json:"quota_since,omitempty"`
 	// How many serials it was granted in it.
@@ -1282,6 +1304,20 @@ func (x *Host) GetForgotten() string {
 	return ""
 }
 
+func (x *Host) GetSettled() uint32 {
+	if x != nil {
+		return x.Settled
+	}
+	return 0
+}
+
+func (x *Host) GetWaived() uint32 {
+	if x != nil {
+		return x.Waived
+	}
+	return 0
+}
+
 func (x *Host) GetQuotaSince() *timestamppb.Timestamp {
 	if x != nil {
 		return x.QuotaSince
@@ -1326,7 +1362,10 @@ type Sandbox struct {
 	// The last requests that changed this record, in the order of their commits.
 	Requests []*RequestMark `protobuf:"bytes,13,rep,name=requests,proto3" json:"requests,omitempty"`
 	// The greatest id that ever left requests; empty while none has.
-	Forgotten     string `protobuf:"bytes,14,opt,name=forgotten,proto3" json:"forgotten,omitempty"`
+	Forgotten string `protobuf:"bytes,14,opt,name=forgotten,proto3" json:"forgotten,omitempty"`
+	// The generation in which the owner has last said that the sandbox lives there, after the store had forgotten
+	// history; 0 when it never had to.
+	Again         uint32 `protobuf:"varint,15,opt,name=again,proto3" json:"again,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1457,6 +1496,13 @@ func (x *Sandbox) GetForgotten() string {
 		return x.Forgotten
 	}
 	return ""
+}
+
+func (x *Sandbox) GetAgain() uint32 {
+	if x != nil {
+		return x.Again
+	}
+	return 0
 }
 
 // Binding ties a serial to a namespace.
@@ -2275,7 +2321,7 @@ var File_store_proto protoreflect.FileDescriptor
 
 const file_store_proto_rawDesc = "" +
 	"\n" +
-	"\vstore.proto\x12\x10nsalloc.store.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x02\n" +
+	"\vstore.proto\x12\x10nsalloc.store.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x02\n" +
 	"\x04Pool\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x1e\n" +
 	"\n" +
@@ -2285,7 +2331,8 @@ const file_store_proto_rawDesc = "" +
 	"\x06policy\x18\x04 \x01(\v2\x18.nsalloc.store.v1.PolicyR\x06policy\x12\x16\n" +
 	"\x06format\x18\x05 \x01(\rR\x06format\x12\x14\n" +
 	"\x05nonce\x18\x06 \x01(\tR\x05nonce\x12\x16\n" +
-	"\x06target\x18\a \x01(\rR\x06target\x122\n" +
+	"\x06target\x18\a \x01(\rR\x06target\x12\x18\n" +
+	"\asettled\x18\b \x01(\rR\asettled\x122\n" +
 	"\x06raised\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x06raised\x124\n" +
 	"\acreated\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"\x82\x02\n" +
@@ -2326,7 +2373,7 @@ const file_store_proto_rawDesc = "" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\"5\n" +
 	"\vRequestMark\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06digest\x18\x02 \x01(\fR\x06digest\"\xfc\x03\n" +
+	"\x06digest\x18\x02 \x01(\fR\x06digest\"\xae\x04\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12\x14\n" +
@@ -2336,14 +2383,17 @@ const file_store_proto_rawDesc = "" +
 	"\x06labels\x18\x06 \x03(\v2\".nsalloc.store.v1.Host.LabelsEntryR\x06labels\x120\n" +
 	"\x05hello\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05hello\x129\n" +
 	"\brequests\x18\b \x03(\v2\x1d.nsalloc.store.v1.RequestMarkR\brequests\x12\x1c\n" +
-	"\tforgotten\x18\t \x01(\tR\tforgotten\x12;\n" +
+	"\tforgotten\x18\t \x01(\tR\tforgotten\x12\x18\n" +
+	"\asettled\x18\n" +
+	" \x01(\rR\asettled\x12\x16\n" +
+	"\x06waived\x18\v \x01(\rR\x06waived\x12;\n" +
 	"\vquota_since\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"quotaSince\x12\x1d\n" +
 	"\n" +
 	"quota_used\x18\r \x01(\x04R\tquotaUsed\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8e\x05\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa4\x05\n" +
 	"\aSandbox\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\x06R\x06serial\x124\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x1e.nsalloc.store.v1.SandboxStateR\x05state\x12\x14\n" +
@@ -2361,7 +2411,8 @@ const file_store_proto_rawDesc = "" +
 	"\x06parent\x18\v \x01(\v2\x18.nsalloc.store.v1.ParentR\x06parent\x124\n" +
 	"\acreated\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x129\n" +
 	"\brequests\x18\r \x03(\v2\x1d.nsalloc.store.v1.RequestMarkR\brequests\x12\x1c\n" +
-	"\tforgotten\x18\x0e \x01(\tR\tforgotten\x1a9\n" +
+	"\tforgotten\x18\x0e \x01(\tR\tforgotten\x12\x14\n" +
+	"\x05again\x18\x0f \x01(\rR\x05again\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x84\x02\n" +
@@ -2466,20 +2517,22 @@ const file_store_proto_rawDesc = "" +
 	"\x12NAMESPACE_TYPE_NET\x10\x05\x12\x19\n" +
 	"\x15NAMESPACE_TYPE_CGROUP\x10\x06\x12\x17\n" +
 	"\x13NAMESPACE_TYPE_USER\x10\a\x12\x17\n" +
-	"\x13NAMESPACE_TYPE_TIME\x10\b*v\n" +
+	"\x13NAMESPACE_TYPE_TIME\x10\b*\x8d\x01\n" +
 	"\n" +
 	"StintBegan\x12\x1b\n" +
 	"\x17STINT_BEGAN_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16STINT_BEGAN_REGISTERED\x10\x01\x12\x17\n" +
 	"\x13STINT_BEGAN_CLAIMED\x10\x02\x12\x16\n" +
-	"\x12STINT_BEGAN_CLONED\x10\x03*\xa5\x01\n" +
+	"\x12STINT_BEGAN_CLONED\x10\x03\x12\x15\n" +
+	"\x11STINT_BEGAN_AGAIN\x10\x04*\xba\x01\n" +
 	"\tStintOver\x12\x1a\n" +
 	"\x16STINT_OVER_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15STINT_OVER_HANDED_OFF\x10\x01\x12\x17\n" +
 	"\x13STINT_OVER_RELEASED\x10\x02\x12\x14\n" +
 	"\x10STINT_OVER_ENDED\x10\x03\x12\x15\n" +
 	"\x11STINT_OVER_FENCED\x10\x04\x12\x1b\n" +
-	"\x17STINT_OVER_CLAIM_FENCED\x10\x05B5Z3github.com/nsalloc/nsalloc/internal/storepb;storepbb\x06proto3"
+	"\x17STINT_OVER_CLAIM_FENCED\x10\x05\x12\x13\n" +
+	"\x0fSTINT_OVER_LOST\x10\x06B5Z3github.com/nsalloc/nsalloc/internal/storepb;storepbb\x06proto3"
 
 var (
 	file_store_proto_rawDescOnce sync.Once

@@ -71,7 +71,7 @@ func Check(r Records) []Finding {
 	c.unique(r)
 	c.ranges(r)
 	c.counter(r)
-	c.liveNamespaces(r.Sandboxes)
+	c.liveNamespaces(r.Pool, r.Sandboxes)
 	for _, s := range r.Sandboxes {
 		c.history(s)
 		c.claim(s)

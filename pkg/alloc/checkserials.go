@@ -186,6 +186,7 @@ func (c *checker) counter(r Records) {
 	for s, h := range c.serials {
 		last(s, "serial "+s.String(), h.who, h.key)
 	}
+	c.generations(r, mend)
 	for _, h := range r.Hosts {
 		for _, x := range h.Granted {
 			if x.Valid() {
@@ -228,15 +229,58 @@ func again(r Records, s Serial) bool {
 	return s.Generation() > g || s.Generation() == g && (r.Counter == nil || s.Counter() >= r.Counter.Next)
 }
 
-// liveNamespaces proves P16: one serial for one live namespace of a host.
-func (c *checker) liveNamespaces(sandboxes []*Sandbox) {
+// generations proves that no record has been in a generation that the pool has not come to.
+func (c *checker) generations(r Records, mend remedy) {
+	for at := range r.beenIn {
+		switch {
+		case at.generation <= r.Pool.Generation:
+		case at.far(r.Pool.Generation):
+			c.find("P1", at.about, by(fromOutside, at.key), "it %s in generation %d, the pool is in generation %d", at.what, at.generation, r.Pool.Generation)
+		default:
+			c.find("P1", at.about, mend, "it %s in generation %d, the pool is in generation %d", at.what, at.generation, r.Pool.Generation)
+		}
+	}
+}
+
+// been is a generation in which something has happened to a record.
+type been struct {
+	generation  Generation
+	about, what string
+	key         Key
+}
+
+// far reports whether the generation is not worth reaching, as for serials.
+func (b been) far(pool Generation) bool {
+	return b.generation > pool && b.generation > MaxGeneration-FewGenerations
+}
+
+// beenIn yields the generations that records have been in, but for those of serials.
+func (r Records) beenIn(yield func(been) bool) {
+	if r.Pool != nil && !yield(been{r.Pool.Settled, "pool " + r.Pool.UUID, "was settled", Key{Kind: KindCounter}}) {
+		return
+	}
+	for _, h := range r.Hosts {
+		if !yield(been{h.Settled, "host " + h.Name, "has said what lives on it", h.Key()}) || !yield(been{h.Waived, "host " + h.Name, "was waived", h.Key()}) {
+			return
+		}
+	}
+	for _, s := range r.Sandboxes {
+		if !yield(been{s.Again, subject(s), "was registered again", s.Key()}) || !yield(been{s.Epoch.Generation(), subject(s), "has an epoch that began", s.Key()}) {
+			return
+		}
+	}
+}
+
+// liveNamespaces proves P16: one serial for one live namespace of a host. Of a sandbox that may be elsewhere,
+// because its host has not registered it again, nobody knows what lives of it.
+func (c *checker) liveNamespaces(pool *Pool, sandboxes []*Sandbox) {
 	type place struct {
 		serial Serial
 		key    Key
 	}
 	seen := map[string]place{}
 	for _, s := range sandboxes {
-		if s.State != StateRunning && s.State != StateDumped {
+		if s.State != StateRunning && s.State != StateDumped || pool != nil && pool.Missing(s) {
 			continue
 		}
 		for _, b := range s.Bindings {

@@ -33,6 +33,8 @@
 //	running     Fenced: its host is given up            ended        -             +1
 //	dumped      Fenced                                  in_transit   open          +1
 //	claimed     Fenced                                  where the claim came from  +1
+//	any         Again by a host that has a higher epoch running      -             the host's
+//	claimed     Again by the claimant, in that epoch    running      consumed      -
 //
 // Anything else changes nothing and is refused with the reason; an event that has already had its
 // effect is accepted and changes nothing, because every hook may come twice and every answer may get

@@ -40,6 +40,9 @@ const (
 	ReasonWrongState Reason = "WRONG_STATE"
 	// ReasonNotConfirmed: the source has not said yet that the dumped tree is gone; try again.
 	ReasonNotConfirmed Reason = "CHECKPOINT_NOT_CONFIRMED"
+	// ReasonSettling: the store has forgotten history, and a host that may know more has not said yet what lives
+	// on it; nothing changed; try again.
+	ReasonSettling Reason = "POOL_SETTLING"
 	// ReasonClaimed: another restore holds the claim; try again, it may go back.
 	ReasonClaimed Reason = "CHECKPOINT_CLAIMED"
 	// ReasonVoid: the images are of a dump that was vetoed.
@@ -137,6 +140,7 @@ var (
 	ErrNotOwner           = &Error{Reason: ReasonNotOwner}
 	ErrWrongState         = &Error{Reason: ReasonWrongState}
 	ErrNotConfirmed       = &Error{Reason: ReasonNotConfirmed}
+	ErrSettling           = &Error{Reason: ReasonSettling}
 	ErrClaimed            = &Error{Reason: ReasonClaimed}
 	ErrVoid               = &Error{Reason: ReasonVoid}
 	ErrRefused            = &Error{Reason: ReasonRefused}

@@ -22,7 +22,7 @@ type Moment struct {
 }
 
 // Event is something that was observed of a sandbox: Dumped, Stopped, RanOn, Claimed, Bound,
-// Released, Over or Fenced.
+// Released, Over, Fenced or Again.
 type Event interface {
 	next(h *Handoff, at Moment) error
 }
@@ -233,6 +233,9 @@ func (e Bound) next(h *Handoff, at Moment) error {
 	if s.State == StateRunning {
 		return s.boundAs(e)
 	}
+	if err := s.claimLasts(at.Generation); err != nil {
+		return err
+	}
 	if err := s.rebind(e, at.Now); err != nil {
 		return err
 	}
@@ -320,6 +323,17 @@ func (e Fenced) next(h *Handoff, at Moment) error {
 	}
 	s.Epoch = s.Epoch.next(at.Generation)
 	s.closeStint(OverFenced, at.Now)
+	return nil
+}
+
+// claimLasts refuses to go on with a claim of an older generation: what the store says of it may be from before
+// another host restored the same images.
+func (s *Sandbox) claimLasts(g Generation) error {
+	if s.State == StateClaimed && s.Epoch.Generation() < g {
+		return &Error{Reason: ReasonStaleEpoch, Subject: subject(s),
+			Msg: fmt.Sprintf("it was claimed in epoch %s, and the pool's store has forgotten history since: the pool is in generation %d", s.Epoch, g),
+			Fix: "begin the restore anew"}
+	}
 	return nil
 }
 

@@ -23,6 +23,11 @@ type Host struct {
 	Labels  map[string]string `json:"labels,omitempty"`
 	// Hello is when the agent last started a life or a boot, by the server's clock.
 	Hello time.Time `json:"hello"`
+	// Settled is the generation in which the host has last said what lives on it (RegisterAgain), or that it was
+	// new in; 0 when it was never asked.
+	Settled Generation `json:"settled,omitempty"`
+	// Waived is the generation in which an operator has last said that nobody waits for this host.
+	Waived Generation `json:"waived,omitempty"`
 	// Quota is what the host was granted lately; a new life of its agent goes on with it.
 	Quota Quota `json:"quota"`
 	// Requests are the last ones that changed this record.

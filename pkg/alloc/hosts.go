@@ -15,7 +15,22 @@ type HelloCommand struct {
 	Nonce       string            `json:"nonce"`
 	PoolUUID    string            `json:"pool_uuid"` // what the agent's state is of; "" for none
 	Labels      map[string]string `json:"labels"`
+	// Seen is what the agent's state has seen of the pool; see Service.Hello.
+	Seen Seen `json:"seen,omitzero"`
 }
+
+// Seen is an agent's witness of its pool: what the store must know, or it has forgotten.
+type Seen struct {
+	// Generation is the one in which the state has last joined the pool, in the incarnation that it says; 0 when
+	// it never has, and then nothing else counts.
+	Generation Generation `json:"generation"`
+	// Highest is the highest serial that the host was ever granted, in any generation; 0 for none.
+	Highest Serial `json:"highest,omitempty"`
+}
+
+// maxAhead is by how many generations an agent can have seen more than the store, so that one that lies, or
+// whose state is damaged, does not use them up.
+const maxAhead = 16
 
 func (c HelloCommand) validate() error {
 	if err := ValidateName("host name", c.Host); err != nil {
@@ -36,9 +51,18 @@ func (c HelloCommand) validate() error {
 // (the first answer was lost) is told by its nonce alone. Any other state is a new life: a higher
 // incarnation, and what was left of the older one's ranges is burned.
 //
+// A host that the pool does not know, and whose state has never been in it, is settled from the start: there is
+// nothing that it would have to register again. Any other one is as settled as its record says.
+//
+// An agent that has seen more than the store knows shows that the store was put back: a later generation of the
+// pool, a later incarnation of its host in the pool's generation, or a serial of that generation that the counter
+// has not come to. Then the pool is closed (recovering), to be opened in a generation after all that was seen, and
+// the answer is ErrRecovering. That is all that an agent which lies can do by it; servers begin one generation in ten
+// minutes at most by themselves, and a generation that is more than 16 ahead of the pool's is refused as invalid.
+//
 // Committed when it returns: incarnation, nonce, boot id, labels. Errors: ErrInvalid, ErrPoolMissing
 // (the state is of another pool), ErrStaleIncarnation (a newer life has said Hello since this request),
-// ErrRequestReused, ErrRequestExpired, ErrConflict, ErrUnknownOutcome.
+// ErrRecovering, ErrRequestReused, ErrRequestExpired, ErrConflict, ErrUnknownOutcome.
 func (s *Service) Hello(ctx context.Context, cmd HelloCommand) (*Host, *Pool, error) {
 	if err := cmd.validate(); err != nil {
 		return nil, nil, err
@@ -53,16 +77,26 @@ func (s *Service) Hello(ctx context.Context, cmd HelloCommand) (*Host, *Pool, er
 	var host *Host
 	var pool *Pool
 	err = settle(ctx, func() (bool, error) {
-		entries, _, err := s.get(ctx, Key{Kind: KindPool}, HostKey(cmd.Host))
+		entries, _, err := s.store.Get(ctx, Key{Kind: KindPool}, HostKey(cmd.Host), Key{Kind: KindCounter})
+		if err == nil {
+			err = readable(entries[:2])
+		}
 		if err != nil {
 			return false, err
+		}
+		if done, err := s.witnessed(ctx, cmd, entries); done || err != nil {
+			return done, err
 		}
 		if pool, err = openPool(entries[0]); err != nil {
 			return false, err
 		}
+		entries = entries[:2] // the counter was only looked at
 		known, ok := entries[1].Record.(*Host)
 		if !ok {
 			known = &Host{Name: cmd.Host}
+			if cmd.Incarnation == 0 && cmd.Seen.Generation == 0 {
+				known.Settled = pool.Generation
+			}
 		}
 		var changed bool
 		if host, changed, err = s.hello(pool, known, cmd, digest); err != nil || !changed {

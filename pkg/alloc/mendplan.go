@@ -263,6 +263,7 @@ func (r all) burn(name string) ([]move, Ranges, error) {
 		return []move{{key: key, with: func(now Entry, _ Revision) Record {
 			h := *now.Record.(*Host)
 			h.Granted = nil
+			h.Settled, h.Waived = min(h.Settled, r.Pool.Generation), min(h.Waived, r.Pool.Generation)
 			return &h
 		}}}, serials, nil
 	}
@@ -327,6 +328,11 @@ func (r all) nextGeneration() ([]move, Ranges, error) {
 	}
 	if r.Counter != nil && r.Counter.Generation <= MaxGeneration-FewGenerations {
 		top = max(top, r.Counter.Generation)
+	}
+	for at := range r.beenIn {
+		if !at.far(r.Pool.Generation) {
+			top = max(top, at.generation)
+		}
 	}
 	for _, s := range r.Sandboxes {
 		see(s.Serial)

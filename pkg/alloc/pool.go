@@ -33,6 +33,9 @@ type Pool struct {
 	// Target, while State is PoolRecovering, is the least generation in which the pool may open again: later than
 	// all that those have seen who found that the store has lost history; 0 for the next one.
 	Target Generation `json:"target,omitempty"`
+	// Settled is the last generation of which every host has said what lives on it, or was waived; 0 when none was
+	// noted. See IsSettled.
+	Settled Generation `json:"settled,omitempty"`
 	// Raised is when a server last raised the generation by itself, by its clock; zero while none has.
 	Raised time.Time `json:"raised,omitzero"`
 	// Created is when InitPool made the pool, by its clock; zero in pools of before.

@@ -45,6 +45,7 @@ func raised(now *Pool, to Generation) *Pool {
 	p := *now
 	p.Generation, p.Nonce = to, newNonce()
 	p.State, p.Target = PoolOpen, 0
+	p.Settled = min(p.Settled, to-1)
 	return &p
 }
 

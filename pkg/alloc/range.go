@@ -84,9 +84,15 @@ func (rs Ranges) Spend(spent Ranges) (rest Ranges, ok bool) {
 	return rest, true
 }
 
-// in is those of generation g.
+// in is those of generation g; nil for none.
 func (rs Ranges) in(g Generation) Ranges {
-	return slices.DeleteFunc(slices.Clone(rs), func(r Range) bool { return r.First.Generation() != g })
+	var of Ranges
+	for _, r := range rs {
+		if r.First.Generation() == g {
+			of = append(of, r)
+		}
+	}
+	return of
 }
 
 // All yields every serial in order, for ranges of a size that is meant to be walked.

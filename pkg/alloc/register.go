@@ -263,6 +263,9 @@ func (w *world) register(cmd RegisterCommand, it RegisterItem) (*Sandbox, error)
 	if sb.State != StateRunning {
 		return nil, sb.wrongState("register namespaces of it", StateRunning)
 	}
+	if err := w.known(&sb); err != nil {
+		return nil, err
+	}
 	for _, serial := range it.Gone {
 		b, ok := sb.Binding(serial)
 		if !ok {
@@ -324,10 +327,11 @@ type EndCommand struct {
 	Epoch   Epoch  `json:"epoch"`
 }
 
-// End records that a sandbox is over. Committed when it returns: its end. Errors as for the hand-off.
+// End records that a sandbox is over. Committed when it returns: its end. Errors as for the hand-off, and
+// ErrSettling while another host may still say that it has the sandbox; try again then.
 func (s *Service) End(ctx context.Context, cmd EndCommand) (*Sandbox, error) {
-	h, _, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
-		return Over{Host: cmd.Host, Epoch: cmd.Epoch}, nil
+	h, _, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(w *world) (Event, error) {
+		return w.knownEvent(cmd.Sandbox, Over{Host: cmd.Host, Epoch: cmd.Epoch})
 	})
 	if err != nil {
 		return nil, err

@@ -53,6 +53,9 @@ type Sandbox struct {
 	Parent *Parent `json:"parent,omitempty"`
 	// Created is when the sandbox was registered first, by the server's clock.
 	Created time.Time `json:"created"`
+	// Again is the generation in which the owner has last said that it lives there (RegisterAgain); 0 when it
+	// never had to.
+	Again Generation `json:"again,omitempty"`
 	// Requests are the last ones that changed this record.
 	Requests RequestLog `json:"-"`
 	// Extra holds what a newer version stored in this record; see Pool.Extra.
@@ -89,6 +92,9 @@ const (
 	BeganClaimed StintBegan = "claimed"
 	// BeganCloned: the host registered the sandbox as a clone of another one.
 	BeganCloned StintBegan = "cloned"
+	// BeganAgain: the host registered the sandbox again after the store had forgotten it, or how it came there.
+	// What was before may be missing from the history.
+	BeganAgain StintBegan = "registered again"
 )
 
 // StintOver is the event that a stint was over by.
@@ -106,6 +112,9 @@ const (
 	OverFenced StintOver = "fenced"
 	// OverClaimFenced: the host was given up while it was restoring the sandbox; unlike a fenced run, nothing ran.
 	OverClaimFenced StintOver = "claim fenced"
+	// OverLost: the store has forgotten how it was over: another host has registered the sandbox again, under a
+	// higher epoch.
+	OverLost StintOver = "lost"
 )
 
 // Claimant names one restore: a second CRIU run on the same host is another claimant.

@@ -161,6 +161,9 @@ func (e *Epoch) UnmarshalText(text []byte) error {
 	return err
 }
 
+// Generation is the one in which the epoch was raised.
+func (e Epoch) Generation() Generation { return Generation(e >> counterBits) }
+
 // next is the epoch after e in generation g.
 func (e Epoch) next(g Generation) Epoch { return Epoch(nextCounted(uint64(e), g)) }
 

@@ -20,6 +20,10 @@ type Service struct {
 
 	checking chan struct{} // one slot, held by whoever reads all records
 
+	// Behind is called when an agent has seen more of the pool than the store knows, and the pool was closed for
+	// it; why says what. Set it before the first call; it must not block.
+	Behind func(host, why string)
+
 	// LaneLost is called when a lane's record was not the one that it wrote last: a copy of this server took
 	// its range, or the store was put back, or (swept) the lane was not used for long. Set it before the first
 	// call; it must not block.
@@ -114,7 +118,7 @@ func (s *Service) InitPool(ctx context.Context, p Policy) (*Pool, error) {
 	if err := s.empty(ctx); err != nil {
 		return nil, err
 	}
-	pool := &Pool{UUID: newUUID(), Generation: 1, State: PoolOpen, Policy: p, Format: FormatVersion, Nonce: newNonce(), Created: s.now()}
+	pool := &Pool{UUID: newUUID(), Generation: 1, State: PoolOpen, Policy: p, Format: FormatVersion, Nonce: newNonce(), Settled: 1, Created: s.now()}
 	counter := &Counter{Generation: 1, Next: 1, Nonce: newNonce()}
 	_, err := s.store.Commit(ctx, Tx{
 		Guards: []Guard{{Key: pool.Key()}, {Key: counter.Key()}},

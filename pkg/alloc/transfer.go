@@ -48,6 +48,9 @@ func (s *Service) Open(ctx context.Context, cmd OpenCommand) (Handoff, error) {
 		case !recorded: // else its serial was spent before, and Next says whether this is the same dump
 			err = w.spend(cmd.Spend)
 		}
+		if err == nil {
+			err = w.known(sb)
+		}
 		return Dumped{Host: cmd.Host, Epoch: cmd.Epoch, Checkpoint: Checkpoint{Serial: cmd.Checkpoint, RunID: cmd.RunID, Digest: cmd.Digest}}, err
 	})
 	return h, err
@@ -64,8 +67,8 @@ type ConfirmCommand struct {
 
 // Confirm ends the source's part. Committed when it returns: in transit, or ended. Errors as for Open.
 func (s *Service) Confirm(ctx context.Context, cmd ConfirmCommand) (Handoff, error) {
-	h, _, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
-		return Stopped{Host: cmd.Host, Epoch: cmd.Epoch, Checkpoint: cmd.Checkpoint, Evidence: cmd.Evidence}, nil
+	h, _, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(w *world) (Event, error) {
+		return w.knownEvent(cmd.Sandbox, Stopped{Host: cmd.Host, Epoch: cmd.Epoch, Checkpoint: cmd.Checkpoint, Evidence: cmd.Evidence})
 	})
 	return h, err
 }
@@ -82,8 +85,8 @@ type AbortCommand struct {
 // Abort takes a dump back. Committed when it returns: running under its old epoch, and the images a
 // copy or void. Errors as for Open.
 func (s *Service) Abort(ctx context.Context, cmd AbortCommand) (Handoff, error) {
-	h, _, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(*world) (Event, error) {
-		return RanOn{Host: cmd.Host, Epoch: cmd.Epoch, Checkpoint: cmd.Checkpoint, ZeroGiven: cmd.ZeroGiven}, nil
+	h, _, err := s.move(ctx, cmd.Mutation, cmd, cmd.Sandbox, nil, func(w *world) (Event, error) {
+		return w.knownEvent(cmd.Sandbox, RanOn{Host: cmd.Host, Epoch: cmd.Epoch, Checkpoint: cmd.Checkpoint, ZeroGiven: cmd.ZeroGiven})
 	})
 	return h, err
 }
@@ -118,8 +121,23 @@ type ClaimAnswer struct {
 
 // Claim decides about a restore. Committed when it returns MayClaim: the caller owns the sandbox under
 // a new epoch in the name of this run. MayClone commits nothing. Errors: those of Open, and ErrManifest,
-// ErrVoid, ErrRefused; ErrNotConfirmed and ErrClaimed are worth waiting for.
+// ErrVoid, ErrRefused; ErrNotConfirmed, ErrClaimed and ErrSettling are worth waiting for.
 func (s *Service) Claim(ctx context.Context, cmd ClaimCommand) (ClaimAnswer, error) {
+	a, err := s.claim(ctx, cmd)
+	if ReasonOf(err) != ReasonSettling {
+		return a, err
+	}
+	missing, settleErr := s.Settle(ctx) // the last host may just have come
+	switch {
+	case settleErr != nil:
+		return a, settleErr
+	case len(missing) > 0:
+		return a, waitsFor(err, missing)
+	}
+	return s.claim(ctx, cmd)
+}
+
+func (s *Service) claim(ctx context.Context, cmd ClaimCommand) (ClaimAnswer, error) {
 	if err := validText("run", cmd.Run, 1, 128); err != nil {
 		return ClaimAnswer{}, err
 	}
@@ -130,11 +148,17 @@ func (s *Service) Claim(ctx context.Context, cmd ClaimCommand) (ClaimAnswer, err
 		return ClaimAnswer{}, err
 	}
 	// The checkpoint names the sandbox for ever, so that reading it first needs no guard of its own.
-	entries, _, err := s.get(ctx, CheckpointKey(cmd.Checkpoint))
+	entries, _, err := s.get(ctx, CheckpointKey(cmd.Checkpoint), Key{Kind: KindPool})
 	if err != nil {
 		return ClaimAnswer{}, err
 	}
 	found, ok := entries[0].Record.(*Checkpoint)
+	if pool, err := openPool(entries[1]); !ok && err == nil {
+		// A host that has not come back may know of the dump that made it.
+		if err := (&world{pool: pool}).hold(&Checkpoint{Serial: cmd.Checkpoint}); err != nil {
+			return ClaimAnswer{}, err
+		}
+	}
 	if !ok {
 		return ClaimAnswer{}, &Error{Reason: ReasonCheckpointNotFound, Subject: "checkpoint " + cmd.Checkpoint.String(), Msg: "the pool has no such checkpoint",
 			Fix: "check that the images are of this pool; to restore them as unknown ones, remove nsalloc.json from them"}
@@ -154,7 +178,15 @@ func (s *Service) Claim(ctx context.Context, cmd ClaimCommand) (ClaimAnswer, err
 		}
 		a.Images = c
 		a.Outcome, a.Why, err = Admit(c, sb, cmd.Digest, cmd.claimant(), w.pool.Policy)
-		if err != nil || a.Outcome == MayClone {
+		switch {
+		case err != nil || a.Outcome == MayClone:
+			return nil, err
+		case sb.holds(cmd.claimant()):
+			err = sb.claimLasts(w.pool.Generation)
+		default:
+			err = w.hold(c)
+		}
+		if err != nil {
 			return nil, err
 		}
 		return Claimed{Claimant: cmd.claimant(), Checkpoint: cmd.Checkpoint, Exe: cmd.Exe}, nil
@@ -309,17 +341,22 @@ func (w *world) apply(out *Handoff, m Mutation, digest Digest, choose func(*worl
 		return err
 	}
 	next.Sandbox.Requests = next.Sandbox.Requests.with(m.RequestID, digest, w.moment.Now)
-	// One record stays bounded however long the history: older stints become records of their own.
-	for len(next.Sandbox.Stints) > keptStints {
-		w.put(&OldStint{Sandbox: next.Sandbox.Serial, Stint: next.Sandbox.Stints[0]})
-		next.Sandbox.Stints = next.Sandbox.Stints[1:]
-	}
-	w.put(&next.Sandbox)
-	if next.Checkpoint != nil {
-		w.put(next.Checkpoint)
-	}
-	*out = next
+	*out = w.putMoved(next)
 	return nil
+}
+
+// putMoved writes what an event has made of a sandbox and of its checkpoint, and gives what is written.
+func (w *world) putMoved(h Handoff) Handoff {
+	// One record stays bounded however long the history: older stints become records of their own.
+	for len(h.Sandbox.Stints) > keptStints {
+		w.put(&OldStint{Sandbox: h.Sandbox.Serial, Stint: h.Sandbox.Stints[0]})
+		h.Sandbox.Stints = h.Sandbox.Stints[1:]
+	}
+	w.put(&h.Sandbox)
+	if h.Checkpoint != nil {
+		w.put(h.Checkpoint)
+	}
+	return h
 }
 
 func (s *Service) currentCheckpoint(ctx context.Context, sandbox Serial) (Serial, error) {

@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/client/wire"
@@ -37,6 +38,21 @@ func (c *Client) Register(ctx context.Context, cmd alloc.RegisterCommand) ([]*al
 	}
 	out, left := wire.RegisterAnswer(cmd, resp)
 	return out, left, nil
+}
+
+// RegisterAgain records what lives on this host after the pool's store has forgotten history.
+func (c *Client) RegisterAgain(ctx context.Context, cmd alloc.AgainCommand) ([]alloc.AgainAnswer, error) {
+	resp, err := c.sandboxes.RegisterAgain(ctx, wire.AgainRequest(cmd))
+	if err == nil && len(resp.GetAnswers()) != len(cmd.Items) {
+		return nil, &alloc.Error{Reason: alloc.ReasonUnknownOutcome, Msg: fmt.Sprintf("the server answered %d of %d items", len(resp.GetAnswers()), len(cmd.Items))}
+	}
+	return wire.AgainAnswers(resp), err
+}
+
+// Waive says that the pool need not wait for a host. It is for operators; see alloc.Service.Waive.
+func (c *Client) Waive(ctx context.Context, cmd alloc.WaiveCommand) (*alloc.Host, []string, error) {
+	resp, err := c.hosts.Waive(ctx, wire.WaiveRequest(cmd))
+	return wire.HostFromWire(resp.GetHost()), resp.GetWaitsFor(), err
 }
 
 // End records that a sandbox's processes were seen gone.

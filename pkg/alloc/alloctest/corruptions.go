@@ -172,6 +172,16 @@ func Corruptions() []Corruption {
 		{"the pool is in no generation", "P1", counter, func(r records) { r.Pool.Generation = 0 }},
 		{"the pool went on alone", "P1", counter, func(r records) { r.Pool.Generation++ }},
 		{"a serial of a generation to come", "P1", counter, func(r records) { r.Sandboxes[0].Bindings[0].Serial |= 1 << 49 }},
+		{"settled in a generation to come", "P1", counter, func(r records) { r.Pool.Settled++ }},
+		{"a host settled in a generation to come", "P1", counter, func(r records) { r.Hosts[0].Settled = 2 }},
+		{"a host waived in a generation to come", "P1", counter, func(r records) { r.Hosts[0].Waived = 3 }},
+		{"a host settled in a generation far to come", "P1", host, func(r records) { r.Hosts[0].Settled = 32767 }},
+		{"registered again in a generation to come", "P1", counter, func(r records) { r.Sandboxes[0].Again = 2 }},
+		{"an epoch of a generation far to come", "P1", sandbox, func(r records) {
+			s := in(r, alloc.StateRunning)
+			s.Epoch = 32767<<48 | 1
+			s.Stint().Epoch = s.Epoch
+		}},
 		{"a serial of a generation far to come", "P1", sandbox, func(r records) { r.Sandboxes[0].Bindings[0].Serial |= 0x7fff << 48 }},
 		{"a range of a generation to come", "P1", counter, func(r records) { r.Hosts[0].Granted[0].First |= 1 << 49 }},
 		{"the counter went back and a serial is there twice", "P1", counter, func(r records) {

@@ -290,7 +290,7 @@ func (tr *troubled) everyWrite(t *testing.T) {
 		}
 	}
 	// Allocate commits in a goroutine of the service's, which says nothing of who asked.
-	const mutations = 17
+	const mutations = 20
 	if len(useCases) != mutations {
 		t.Errorf("%d use cases wrote, want %d: %v", len(useCases), mutations, useCases)
 	}

@@ -39,6 +39,8 @@ type Pool struct {
 
 	t   testing.TB
 	ids atomic.Uint64 // requests and kernel identities that were made up
+
+	seen alloc.Generation // the highest that it has had before it was put back
 }
 
 // NewPool makes a pool in an empty store. When the test ends, its records are checked.

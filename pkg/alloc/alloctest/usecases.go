@@ -195,5 +195,5 @@ func UseCases() []UseCase {
 			return func(ctx context.Context) (any, error) { return p.Abort(ctx, cmd) }
 		}})
 	}
-	return list
+	return append(list, useCasesAgain()...)
 }

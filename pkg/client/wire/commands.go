@@ -26,12 +26,14 @@ func HelloRequest(cmd alloc.HelloCommand) *nsallocv1.HelloRequest {
 	return &nsallocv1.HelloRequest{
 		RequestId: cmd.RequestID, BootId: cmd.BootID, Incarnation: uint64(cmd.Incarnation),
 		Nonce: cmd.Nonce, PoolUuid: cmd.PoolUUID, Labels: cmd.Labels,
+		SeenGeneration: uint32(cmd.Seen.Generation), SeenHighest: uint64(cmd.Seen.Highest),
 	}
 }
 
 // HelloCommand is what a host asked for.
 func HelloCommand(req *nsallocv1.HelloRequest, host string) alloc.HelloCommand {
 	return alloc.HelloCommand{
+		Seen:      alloc.Seen{Generation: generation(req.GetSeenGeneration()), Highest: alloc.Serial(req.GetSeenHighest())},
 		RequestID: req.GetRequestId(), Host: host, BootID: req.GetBootId(), Incarnation: alloc.Incarnation(req.GetIncarnation()),
 		Nonce: req.GetNonce(), PoolUUID: req.GetPoolUuid(), Labels: labels(req.GetLabels()),
 	}
@@ -254,6 +256,11 @@ func digestFromWire(b []byte) (d alloc.Digest, err error) {
 	}
 	copy(d[:], b)
 	return d, nil
+}
+
+// generation is a generation in a request; what cannot be one becomes the last one, which every check refuses.
+func generation(g uint32) alloc.Generation {
+	return alloc.Generation(min(g, uint32(alloc.MaxGeneration)))
 }
 
 // labels makes no labels and an empty set of them the same, as they are on the wire.

@@ -123,6 +123,7 @@ func SandboxToWire(s *alloc.Sandbox) *nsallocv1.Sandbox {
 		Labels:     s.Labels,
 		Checkpoint: uint64(s.Checkpoint),
 		Created:    times.wire(s.Created),
+		Again:      uint32(s.Again),
 	}
 	for _, st := range s.Stints {
 		out.Stints = append(out.Stints, stintToWire(st, &times))
@@ -151,6 +152,7 @@ func SandboxFromWire(s *nsallocv1.Sandbox) *alloc.Sandbox {
 		Labels:     labels(s.GetLabels()),
 		Checkpoint: alloc.Serial(s.GetCheckpoint()),
 		Created:    timeFromWire(s.GetCreated()),
+		Again:      alloc.Generation(s.GetAgain()),
 	}
 	for _, st := range s.GetStints() {
 		out.Stints = append(out.Stints, StintFromWire(st))
@@ -262,6 +264,8 @@ func HostToWire(h *alloc.Host) *nsallocv1.Host {
 		Hello:       timeToWire(h.Hello),
 		QuotaSince:  timeToWire(h.Quota.Since),
 		QuotaUsed:   h.Quota.Used,
+		Settled:     uint32(h.Settled),
+		Waived:      uint32(h.Waived),
 	}
 }
 
@@ -278,6 +282,8 @@ func HostFromWire(h *nsallocv1.Host) *alloc.Host {
 		Labels:      labels(h.GetLabels()),
 		Hello:       timeFromWire(h.GetHello()),
 		Quota:       alloc.Quota{Since: timeFromWire(h.GetQuotaSince()), Used: h.GetQuotaUsed()},
+		Settled:     alloc.Generation(h.GetSettled()),
+		Waived:      alloc.Generation(h.GetWaived()),
 	}
 }
 
@@ -292,6 +298,7 @@ func PoolToWire(p *alloc.Pool) *nsallocv1.Pool {
 		Generation: uint32(p.Generation),
 		State:      poolStates.value(p.State),
 		Format:     uint32(max(p.Format, 0)),
+		Settled:    uint32(p.Settled),
 		Policy: &nsallocv1.Policy{
 			Live:    policyActions.value(p.Policy.Live),
 			Over:    policyActions.value(p.Policy.Over),
@@ -338,6 +345,7 @@ func PoolFromWire(p *nsallocv1.Pool) *alloc.Pool {
 		Generation: alloc.Generation(p.GetGeneration()),
 		State:      poolStates.word(p.GetState()),
 		Format:     int(p.GetFormat()),
+		Settled:    alloc.Generation(p.GetSettled()),
 		Policy: alloc.Policy{
 			Live:    policyActions.word(p.GetPolicy().GetLive()),
 			Over:    policyActions.word(p.GetPolicy().GetOver()),

@@ -43,6 +43,7 @@ var reasonCodes = map[alloc.Reason]codes.Code{
 	alloc.ReasonNotOwner:           codes.FailedPrecondition,
 	alloc.ReasonWrongState:         codes.FailedPrecondition,
 	alloc.ReasonNotConfirmed:       codes.FailedPrecondition,
+	alloc.ReasonSettling:           codes.FailedPrecondition,
 	alloc.ReasonClaimed:            codes.FailedPrecondition,
 	alloc.ReasonVoid:               codes.FailedPrecondition,
 	alloc.ReasonRefused:            codes.FailedPrecondition,

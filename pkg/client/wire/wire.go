@@ -82,6 +82,7 @@ var (
 		nsallocv1.StintBegan_STINT_BEGAN_REGISTERED: alloc.BeganRegistered,
 		nsallocv1.StintBegan_STINT_BEGAN_CLAIMED:    alloc.BeganClaimed,
 		nsallocv1.StintBegan_STINT_BEGAN_CLONED:     alloc.BeganCloned,
+		nsallocv1.StintBegan_STINT_BEGAN_AGAIN:      alloc.BeganAgain,
 	})
 	stintOvers = vocabularyOf(map[nsallocv1.StintOver]alloc.StintOver{
 		nsallocv1.StintOver_STINT_OVER_HANDED_OFF:   alloc.OverHandedOff,
@@ -89,6 +90,7 @@ var (
 		nsallocv1.StintOver_STINT_OVER_ENDED:        alloc.OverEnded,
 		nsallocv1.StintOver_STINT_OVER_FENCED:       alloc.OverFenced,
 		nsallocv1.StintOver_STINT_OVER_CLAIM_FENCED: alloc.OverClaimFenced,
+		nsallocv1.StintOver_STINT_OVER_LOST:         alloc.OverLost,
 	})
 	poolStates = vocabularyOf(map[nsallocv1.PoolState]alloc.PoolState{
 		nsallocv1.PoolState_POOL_STATE_OPEN:       alloc.PoolOpen,

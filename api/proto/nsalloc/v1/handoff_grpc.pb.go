@@ -45,7 +45,7 @@ const (
 //
 // Errors of every call: STALE_INCARNATION and HOST_UNKNOWN (say Hello), STALE_EPOCH and NOT_OWNER
 // (the sandbox has gone elsewhere: nothing of the caller's counts any more), WRONG_STATE (the event does
-// not fit), SANDBOX_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+// not fit), POOL_SETTLING (Open, Confirm and Abort: see Sandboxes.End), SANDBOX_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 type HandoffClient interface {
 	// Open records a dump whose images are complete while the tree is still frozen.
 	//
@@ -69,10 +69,13 @@ type HandoffClient interface {
 	// this one CRIU run. The outcome CLONE commits nothing: the restore may go on with fresh serials.
 	// Also: CHECKPOINT_NOT_CONFIRMED (the source has not said that its tree is gone) and
 	// CHECKPOINT_CLAIMED (another run holds it), both FAILED_PRECONDITION with RetryInfo: wait, bounded;
+	// POOL_SETTLING, the same: the images are of before the pool's generation, and a host that has not come back since
+	// may have restored them; the message names it.
 	// CHECKPOINT_VOID, POLICY_REFUSED, MANIFEST_MISMATCH: do not restore.
 	Claim(ctx context.Context, in *ClaimRequest, opts ...grpc.CallOption) (*ClaimResponse, error)
 	// Bind says that the claimed tree stands with its final namespaces and nothing ran yet, or, said
-	// late, that it runs.
+	// late, that it runs. A claim of an older generation than the pool's is not bound any more (STALE_EPOCH): begin the
+	// restore anew.
 	//
 	// Committed when it answers: the sandbox runs on the caller with these namespaces, the checkpoint is
 	// consumed. Only then may the restore go on.
@@ -194,7 +197,7 @@ func (c *handoffClient) ListCheckpoints(ctx context.Context, in *ListCheckpoints
 //
 // Errors of every call: STALE_INCARNATION and HOST_UNKNOWN (say Hello), STALE_EPOCH and NOT_OWNER
 // (the sandbox has gone elsewhere: nothing of the caller's counts any more), WRONG_STATE (the event does
-// not fit), SANDBOX_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+// not fit), POOL_SETTLING (Open, Confirm and Abort: see Sandboxes.End), SANDBOX_NOT_FOUND, CHECKPOINT_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 type HandoffServer interface {
 	// Open records a dump whose images are complete while the tree is still frozen.
 	//
@@ -218,10 +221,13 @@ type HandoffServer interface {
 	// this one CRIU run. The outcome CLONE commits nothing: the restore may go on with fresh serials.
 	// Also: CHECKPOINT_NOT_CONFIRMED (the source has not said that its tree is gone) and
 	// CHECKPOINT_CLAIMED (another run holds it), both FAILED_PRECONDITION with RetryInfo: wait, bounded;
+	// POOL_SETTLING, the same: the images are of before the pool's generation, and a host that has not come back since
+	// may have restored them; the message names it.
 	// CHECKPOINT_VOID, POLICY_REFUSED, MANIFEST_MISMATCH: do not restore.
 	Claim(context.Context, *ClaimRequest) (*ClaimResponse, error)
 	// Bind says that the claimed tree stands with its final namespaces and nothing ran yet, or, said
-	// late, that it runs.
+	// late, that it runs. A claim of an older generation than the pool's is not bound any more (STALE_EPOCH): begin the
+	// restore anew.
 	//
 	// Committed when it answers: the sandbox runs on the caller with these namespaces, the checkpoint is
 	// consumed. Only then may the restore go on.

@@ -35,7 +35,12 @@ type HelloRequest struct {
 	// The pool that the agent's state is of; empty when it has none. Another pool's is POOL_MISSING.
 	PoolUuid string `protobuf:"bytes,5,opt,name=pool_uuid,json=poolUuid,proto3" json:"pool_uuid,omitempty"`
 	// What to say of the host. Replaces what was there.
-	Labels        map[string]string `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels map[string]string `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// The generation in which the agent's state has last joined the pool, in the incarnation above; 0 when it never
+	// has, and then nothing of what it has seen counts.
+	SeenGeneration uint32 `protobuf:"varint,7,opt,name=seen_generation,json=seenGeneration,proto3" json:"seen_generation,omitempty"`
+	// The highest serial that the host was ever granted, in any generation; 0 for none.
+	SeenHighest   uint64 `protobuf:"fixed64,8,opt,name=seen_highest,json=seenHighest,proto3" json:"seen_highest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -110,6 +115,20 @@ func (x *HelloRequest) GetLabels() map[string]string {
 		return x.Labels
 	}
 	return nil
+}
+
+func (x *HelloRequest) GetSeenGeneration() uint32 {
+	if x != nil {
+		return x.SeenGeneration
+	}
+	return 0
+}
+
+func (x *HelloRequest) GetSeenHighest() uint64 {
+	if x != nil {
+		return x.SeenHighest
+	}
+	return 0
 }
 
 // HelloResponse is the host's record and the pool's.
@@ -277,6 +296,116 @@ func (x *GrantResponse) GetGranted() []*Range {
 	return nil
 }
 
+// WaiveRequest names a host.
+type WaiveRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// UUIDv7 of this intent.
+	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The host's name.
+	Name          string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WaiveRequest) Reset() {
+	*x = WaiveRequest{}
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WaiveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WaiveRequest) ProtoMessage() {}
+
+func (x *WaiveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WaiveRequest.ProtoReflect.Descriptor instead.
+func (*WaiveRequest) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_hosts_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *WaiveRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *WaiveRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+// WaiveResponse is the host as committed.
+type WaiveResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The host.
+	Host *Host `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	// The hosts that the pool still waits for, in the order of their names; the first 100.
+	WaitsFor      []string `protobuf:"bytes,2,rep,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WaiveResponse) Reset() {
+	*x = WaiveResponse{}
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WaiveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WaiveResponse) ProtoMessage() {}
+
+func (x *WaiveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WaiveResponse.ProtoReflect.Descriptor instead.
+func (*WaiveResponse) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_hosts_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *WaiveResponse) GetHost() *Host {
+	if x != nil {
+		return x.Host
+	}
+	return nil
+}
+
+func (x *WaiveResponse) GetWaitsFor() []string {
+	if x != nil {
+		return x.WaitsFor
+	}
+	return nil
+}
+
 // HostsGetRequest names a host.
 type HostsGetRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -288,7 +417,7 @@ type HostsGetRequest struct {
 
 func (x *HostsGetRequest) Reset() {
 	*x = HostsGetRequest{}
-	mi := &file_nsalloc_v1_hosts_proto_msgTypes[4]
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -300,7 +429,7 @@ func (x *HostsGetRequest) String() string {
 func (*HostsGetRequest) ProtoMessage() {}
 
 func (x *HostsGetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_hosts_proto_msgTypes[4]
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -313,7 +442,7 @@ func (x *HostsGetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostsGetRequest.ProtoReflect.Descriptor instead.
 func (*HostsGetRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_hosts_proto_rawDescGZIP(), []int{4}
+	return file_nsalloc_v1_hosts_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *HostsGetRequest) GetName() string {
@@ -336,7 +465,7 @@ type HostsGetResponse struct {
 
 func (x *HostsGetResponse) Reset() {
 	*x = HostsGetResponse{}
-	mi := &file_nsalloc_v1_hosts_proto_msgTypes[5]
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -348,7 +477,7 @@ func (x *HostsGetResponse) String() string {
 func (*HostsGetResponse) ProtoMessage() {}
 
 func (x *HostsGetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_hosts_proto_msgTypes[5]
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -361,7 +490,7 @@ func (x *HostsGetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostsGetResponse.ProtoReflect.Descriptor instead.
 func (*HostsGetResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_hosts_proto_rawDescGZIP(), []int{5}
+	return file_nsalloc_v1_hosts_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *HostsGetResponse) GetHost() *Host {
@@ -391,7 +520,7 @@ type HostsListRequest struct {
 
 func (x *HostsListRequest) Reset() {
 	*x = HostsListRequest{}
-	mi := &file_nsalloc_v1_hosts_proto_msgTypes[6]
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -403,7 +532,7 @@ func (x *HostsListRequest) String() string {
 func (*HostsListRequest) ProtoMessage() {}
 
 func (x *HostsListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_hosts_proto_msgTypes[6]
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -416,7 +545,7 @@ func (x *HostsListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostsListRequest.ProtoReflect.Descriptor instead.
 func (*HostsListRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_hosts_proto_rawDescGZIP(), []int{6}
+	return file_nsalloc_v1_hosts_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *HostsListRequest) GetPageSize() int32 {
@@ -450,7 +579,7 @@ type HostsListResponse struct {
 
 func (x *HostsListResponse) Reset() {
 	*x = HostsListResponse{}
-	mi := &file_nsalloc_v1_hosts_proto_msgTypes[7]
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -462,7 +591,7 @@ func (x *HostsListResponse) String() string {
 func (*HostsListResponse) ProtoMessage() {}
 
 func (x *HostsListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_hosts_proto_msgTypes[7]
+	mi := &file_nsalloc_v1_hosts_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -475,7 +604,7 @@ func (x *HostsListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostsListResponse.ProtoReflect.Descriptor instead.
 func (*HostsListResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_hosts_proto_rawDescGZIP(), []int{7}
+	return file_nsalloc_v1_hosts_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *HostsListResponse) GetHosts() []*Host {
@@ -511,7 +640,7 @@ var File_nsalloc_v1_hosts_proto protoreflect.FileDescriptor
 const file_nsalloc_v1_hosts_proto_rawDesc = "" +
 	"\n" +
 	"\x16nsalloc/v1/hosts.proto\x12\n" +
-	"nsalloc.v1\x1a\x16nsalloc/v1/types.proto\"\x94\x02\n" +
+	"nsalloc.v1\x1a\x16nsalloc/v1/types.proto\"\xe0\x02\n" +
 	"\fHelloRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x17\n" +
@@ -519,7 +648,9 @@ const file_nsalloc_v1_hosts_proto_rawDesc = "" +
 	"\vincarnation\x18\x03 \x01(\x06R\vincarnation\x12\x14\n" +
 	"\x05nonce\x18\x04 \x01(\tR\x05nonce\x12\x1b\n" +
 	"\tpool_uuid\x18\x05 \x01(\tR\bpoolUuid\x12<\n" +
-	"\x06labels\x18\x06 \x03(\v2$.nsalloc.v1.HelloRequest.LabelsEntryR\x06labels\x1a9\n" +
+	"\x06labels\x18\x06 \x03(\v2$.nsalloc.v1.HelloRequest.LabelsEntryR\x06labels\x12'\n" +
+	"\x0fseen_generation\x18\a \x01(\rR\x0eseenGeneration\x12!\n" +
+	"\fseen_highest\x18\b \x01(\x06R\vseenHighest\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"[\n" +
@@ -532,7 +663,14 @@ const file_nsalloc_v1_hosts_proto_rawDesc = "" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12\x14\n" +
 	"\x05count\x18\x03 \x01(\x04R\x05count\"<\n" +
 	"\rGrantResponse\x12+\n" +
-	"\agranted\x18\x01 \x03(\v2\x11.nsalloc.v1.RangeR\agranted\"%\n" +
+	"\agranted\x18\x01 \x03(\v2\x11.nsalloc.v1.RangeR\agranted\"A\n" +
+	"\fWaiveRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"R\n" +
+	"\rWaiveResponse\x12$\n" +
+	"\x04host\x18\x01 \x01(\v2\x10.nsalloc.v1.HostR\x04host\x12\x1b\n" +
+	"\twaits_for\x18\x02 \x03(\tR\bwaitsFor\"%\n" +
 	"\x0fHostsGetRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"T\n" +
 	"\x10HostsGetResponse\x12$\n" +
@@ -548,10 +686,11 @@ const file_nsalloc_v1_hosts_proto_rawDesc = "" +
 	"\brevision\x18\x03 \x01(\x03R\brevision\x12\x1e\n" +
 	"\n" +
 	"unreadable\x18\x04 \x01(\x04R\n" +
-	"unreadable2\x8a\x02\n" +
+	"unreadable2\xc8\x02\n" +
 	"\x05Hosts\x12<\n" +
 	"\x05Hello\x12\x18.nsalloc.v1.HelloRequest\x1a\x19.nsalloc.v1.HelloResponse\x12<\n" +
-	"\x05Grant\x12\x18.nsalloc.v1.GrantRequest\x1a\x19.nsalloc.v1.GrantResponse\x12@\n" +
+	"\x05Grant\x12\x18.nsalloc.v1.GrantRequest\x1a\x19.nsalloc.v1.GrantResponse\x12<\n" +
+	"\x05Waive\x12\x18.nsalloc.v1.WaiveRequest\x1a\x19.nsalloc.v1.WaiveResponse\x12@\n" +
 	"\x03Get\x12\x1b.nsalloc.v1.HostsGetRequest\x1a\x1c.nsalloc.v1.HostsGetResponse\x12C\n" +
 	"\x04List\x12\x1c.nsalloc.v1.HostsListRequest\x1a\x1d.nsalloc.v1.HostsListResponseB;Z9github.com/nsalloc/nsalloc/api/proto/nsalloc/v1;nsallocv1b\x06proto3"
 
@@ -567,41 +706,46 @@ func file_nsalloc_v1_hosts_proto_rawDescGZIP() []byte {
 	return file_nsalloc_v1_hosts_proto_rawDescData
 }
 
-var file_nsalloc_v1_hosts_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_nsalloc_v1_hosts_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_nsalloc_v1_hosts_proto_goTypes = []any{
 	(*HelloRequest)(nil),      // 0: nsalloc.v1.HelloRequest
 	(*HelloResponse)(nil),     // 1: nsalloc.v1.HelloResponse
 	(*GrantRequest)(nil),      // 2: nsalloc.v1.GrantRequest
 	(*GrantResponse)(nil),     // 3: nsalloc.v1.GrantResponse
-	(*HostsGetRequest)(nil),   // 4: nsalloc.v1.HostsGetRequest
-	(*HostsGetResponse)(nil),  // 5: nsalloc.v1.HostsGetResponse
-	(*HostsListRequest)(nil),  // 6: nsalloc.v1.HostsListRequest
-	(*HostsListResponse)(nil), // 7: nsalloc.v1.HostsListResponse
-	nil,                       // 8: nsalloc.v1.HelloRequest.LabelsEntry
-	(*Host)(nil),              // 9: nsalloc.v1.Host
-	(*Pool)(nil),              // 10: nsalloc.v1.Pool
-	(*Range)(nil),             // 11: nsalloc.v1.Range
+	(*WaiveRequest)(nil),      // 4: nsalloc.v1.WaiveRequest
+	(*WaiveResponse)(nil),     // 5: nsalloc.v1.WaiveResponse
+	(*HostsGetRequest)(nil),   // 6: nsalloc.v1.HostsGetRequest
+	(*HostsGetResponse)(nil),  // 7: nsalloc.v1.HostsGetResponse
+	(*HostsListRequest)(nil),  // 8: nsalloc.v1.HostsListRequest
+	(*HostsListResponse)(nil), // 9: nsalloc.v1.HostsListResponse
+	nil,                       // 10: nsalloc.v1.HelloRequest.LabelsEntry
+	(*Host)(nil),              // 11: nsalloc.v1.Host
+	(*Pool)(nil),              // 12: nsalloc.v1.Pool
+	(*Range)(nil),             // 13: nsalloc.v1.Range
 }
 var file_nsalloc_v1_hosts_proto_depIdxs = []int32{
-	8,  // 0: nsalloc.v1.HelloRequest.labels:type_name -> nsalloc.v1.HelloRequest.LabelsEntry
-	9,  // 1: nsalloc.v1.HelloResponse.host:type_name -> nsalloc.v1.Host
-	10, // 2: nsalloc.v1.HelloResponse.pool:type_name -> nsalloc.v1.Pool
-	11, // 3: nsalloc.v1.GrantResponse.granted:type_name -> nsalloc.v1.Range
-	9,  // 4: nsalloc.v1.HostsGetResponse.host:type_name -> nsalloc.v1.Host
-	9,  // 5: nsalloc.v1.HostsListResponse.hosts:type_name -> nsalloc.v1.Host
-	0,  // 6: nsalloc.v1.Hosts.Hello:input_type -> nsalloc.v1.HelloRequest
-	2,  // 7: nsalloc.v1.Hosts.Grant:input_type -> nsalloc.v1.GrantRequest
-	4,  // 8: nsalloc.v1.Hosts.Get:input_type -> nsalloc.v1.HostsGetRequest
-	6,  // 9: nsalloc.v1.Hosts.List:input_type -> nsalloc.v1.HostsListRequest
-	1,  // 10: nsalloc.v1.Hosts.Hello:output_type -> nsalloc.v1.HelloResponse
-	3,  // 11: nsalloc.v1.Hosts.Grant:output_type -> nsalloc.v1.GrantResponse
-	5,  // 12: nsalloc.v1.Hosts.Get:output_type -> nsalloc.v1.HostsGetResponse
-	7,  // 13: nsalloc.v1.Hosts.List:output_type -> nsalloc.v1.HostsListResponse
-	10, // [10:14] is the sub-list for method output_type
-	6,  // [6:10] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	10, // 0: nsalloc.v1.HelloRequest.labels:type_name -> nsalloc.v1.HelloRequest.LabelsEntry
+	11, // 1: nsalloc.v1.HelloResponse.host:type_name -> nsalloc.v1.Host
+	12, // 2: nsalloc.v1.HelloResponse.pool:type_name -> nsalloc.v1.Pool
+	13, // 3: nsalloc.v1.GrantResponse.granted:type_name -> nsalloc.v1.Range
+	11, // 4: nsalloc.v1.WaiveResponse.host:type_name -> nsalloc.v1.Host
+	11, // 5: nsalloc.v1.HostsGetResponse.host:type_name -> nsalloc.v1.Host
+	11, // 6: nsalloc.v1.HostsListResponse.hosts:type_name -> nsalloc.v1.Host
+	0,  // 7: nsalloc.v1.Hosts.Hello:input_type -> nsalloc.v1.HelloRequest
+	2,  // 8: nsalloc.v1.Hosts.Grant:input_type -> nsalloc.v1.GrantRequest
+	4,  // 9: nsalloc.v1.Hosts.Waive:input_type -> nsalloc.v1.WaiveRequest
+	6,  // 10: nsalloc.v1.Hosts.Get:input_type -> nsalloc.v1.HostsGetRequest
+	8,  // 11: nsalloc.v1.Hosts.List:input_type -> nsalloc.v1.HostsListRequest
+	1,  // 12: nsalloc.v1.Hosts.Hello:output_type -> nsalloc.v1.HelloResponse
+	3,  // 13: nsalloc.v1.Hosts.Grant:output_type -> nsalloc.v1.GrantResponse
+	5,  // 14: nsalloc.v1.Hosts.Waive:output_type -> nsalloc.v1.WaiveResponse
+	7,  // 15: nsalloc.v1.Hosts.Get:output_type -> nsalloc.v1.HostsGetResponse
+	9,  // 16: nsalloc.v1.Hosts.List:output_type -> nsalloc.v1.HostsListResponse
+	12, // [12:17] is the sub-list for method output_type
+	7,  // [7:12] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_nsalloc_v1_hosts_proto_init() }
@@ -616,7 +760,7 @@ func file_nsalloc_v1_hosts_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nsalloc_v1_hosts_proto_rawDesc), len(file_nsalloc_v1_hosts_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -21,6 +21,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Hosts_Hello_FullMethodName = "/nsalloc.v1.Hosts/Hello"
 	Hosts_Grant_FullMethodName = "/nsalloc.v1.Hosts/Grant"
+	Hosts_Waive_FullMethodName = "/nsalloc.v1.Hosts/Waive"
 	Hosts_Get_FullMethodName   = "/nsalloc.v1.Hosts/Get"
 	Hosts_List_FullMethodName  = "/nsalloc.v1.Hosts/List"
 )
@@ -43,6 +44,13 @@ type HostsClient interface {
 	// taken for the host, until one of them spends serials. The other then gets RANGE_MISMATCH for the
 	// serials that it believes to hold, and has to say Hello with a new nonce to go on.
 	// A known life on a new boot keeps its incarnation and its ranges.
+	// A host that the pool does not know, and whose state has never been in it, is settled from the start; any other
+	// one whose record is settled in an older generation than the pool's says next what lives on it (RegisterAgain).
+	// Where the caller has seen more of the pool than its store knows, the store has lost history: a later generation, a
+	// later incarnation of this host in the pool's generation, or a serial of that generation that the counter has not
+	// come to. The pool is closed then, and opens in a generation after all that was seen; the answer is
+	// POOL_RECOVERING. A caller that lies gets no further by it: servers begin one generation in ten minutes at
+	// most by themselves, and a generation more than 16 ahead of the pool's is INVALID_ARGUMENT.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.
 	// Errors: REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Hello(ctx context.Context, in *HelloRequest, opts ...grpc.CallOption) (*HelloResponse, error)
@@ -54,6 +62,13 @@ type HostsClient interface {
 	// ranges, or with RetryInfo of a minute to an hour: it has used the quota up that the pool's policy gives a host for
 	// 24 hours), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Grant(ctx context.Context, in *GrantRequest, opts ...grpc.CallOption) (*GrantResponse, error)
+	// Waive says that the pool need not wait, in its generation, for a host to say what lives on it: it is gone for
+	// good. What lives there all the same and goes on elsewhere meanwhile becomes a clone when the host comes back.
+	//
+	// Callers: an operator.
+	// Committed when it answers: the waiver. Waiving twice is the same as once.
+	// Errors: HOST_UNKNOWN, WRONG_STATE (nobody waits for it), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+	Waive(ctx context.Context, in *WaiveRequest, opts ...grpc.CallOption) (*WaiveResponse, error)
 	// Get reads one host. Callers: anyone. Errors: HOST_UNKNOWN (NOT_FOUND).
 	Get(ctx context.Context, in *HostsGetRequest, opts ...grpc.CallOption) (*HostsGetResponse, error)
 	// List reads all hosts in the order of their names. Callers: anyone.
@@ -82,6 +97,16 @@ func (c *hostsClient) Grant(ctx context.Context, in *GrantRequest, opts ...grpc.
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GrantResponse)
 	err := c.cc.Invoke(ctx, Hosts_Grant_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostsClient) Waive(ctx context.Context, in *WaiveRequest, opts ...grpc.CallOption) (*WaiveResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WaiveResponse)
+	err := c.cc.Invoke(ctx, Hosts_Waive_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -126,6 +151,13 @@ type HostsServer interface {
 	// taken for the host, until one of them spends serials. The other then gets RANGE_MISMATCH for the
 	// serials that it believes to hold, and has to say Hello with a new nonce to go on.
 	// A known life on a new boot keeps its incarnation and its ranges.
+	// A host that the pool does not know, and whose state has never been in it, is settled from the start; any other
+	// one whose record is settled in an older generation than the pool's says next what lives on it (RegisterAgain).
+	// Where the caller has seen more of the pool than its store knows, the store has lost history: a later generation, a
+	// later incarnation of this host in the pool's generation, or a serial of that generation that the counter has not
+	// come to. The pool is closed then, and opens in a generation after all that was seen; the answer is
+	// POOL_RECOVERING. A caller that lies gets no further by it: servers begin one generation in ten minutes at
+	// most by themselves, and a generation more than 16 ahead of the pool's is INVALID_ARGUMENT.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.
 	// Errors: REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Hello(context.Context, *HelloRequest) (*HelloResponse, error)
@@ -137,6 +169,13 @@ type HostsServer interface {
 	// ranges, or with RetryInfo of a minute to an hour: it has used the quota up that the pool's policy gives a host for
 	// 24 hours), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Grant(context.Context, *GrantRequest) (*GrantResponse, error)
+	// Waive says that the pool need not wait, in its generation, for a host to say what lives on it: it is gone for
+	// good. What lives there all the same and goes on elsewhere meanwhile becomes a clone when the host comes back.
+	//
+	// Callers: an operator.
+	// Committed when it answers: the waiver. Waiving twice is the same as once.
+	// Errors: HOST_UNKNOWN, WRONG_STATE (nobody waits for it), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+	Waive(context.Context, *WaiveRequest) (*WaiveResponse, error)
 	// Get reads one host. Callers: anyone. Errors: HOST_UNKNOWN (NOT_FOUND).
 	Get(context.Context, *HostsGetRequest) (*HostsGetResponse, error)
 	// List reads all hosts in the order of their names. Callers: anyone.
@@ -156,6 +195,9 @@ func (UnimplementedHostsServer) Hello(context.Context, *HelloRequest) (*HelloRes
 }
 func (UnimplementedHostsServer) Grant(context.Context, *GrantRequest) (*GrantResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Grant not implemented")
+}
+func (UnimplementedHostsServer) Waive(context.Context, *WaiveRequest) (*WaiveResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Waive not implemented")
 }
 func (UnimplementedHostsServer) Get(context.Context, *HostsGetRequest) (*HostsGetResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Get not implemented")
@@ -220,6 +262,24 @@ func _Hosts_Grant_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Hosts_Waive_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WaiveRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostsServer).Waive(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hosts_Waive_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostsServer).Waive(ctx, req.(*WaiveRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Hosts_Get_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(HostsGetRequest)
 	if err := dec(in); err != nil {
@@ -270,6 +330,10 @@ var Hosts_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Grant",
 			Handler:    _Hosts_Grant_Handler,
+		},
+		{
+			MethodName: "Waive",
+			Handler:    _Hosts_Waive_Handler,
 		},
 		{
 			MethodName: "Get",

@@ -9,6 +9,7 @@ package nsallocv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -403,6 +404,320 @@ func (x *RegisterResponse) GetAsAdded() []uint64 {
 	return nil
 }
 
+// RegisterAgainRequest carries up to 60 items.
+type RegisterAgainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// UUIDv7 of this intent.
+	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The caller's incarnation.
+	Incarnation uint64 `protobuf:"fixed64,2,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	// What lives on the caller. Empty only with last.
+	Items []*AgainItem `protobuf:"bytes,3,rep,name=items,proto3" json:"items,omitempty"`
+	// With these, and with those of earlier requests, the caller has said everything.
+	Last          bool `protobuf:"varint,4,opt,name=last,proto3" json:"last,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RegisterAgainRequest) Reset() {
+	*x = RegisterAgainRequest{}
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RegisterAgainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RegisterAgainRequest) ProtoMessage() {}
+
+func (x *RegisterAgainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RegisterAgainRequest.ProtoReflect.Descriptor instead.
+func (*RegisterAgainRequest) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *RegisterAgainRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *RegisterAgainRequest) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *RegisterAgainRequest) GetItems() []*AgainItem {
+	if x != nil {
+		return x.Items
+	}
+	return nil
+}
+
+func (x *RegisterAgainRequest) GetLast() bool {
+	if x != nil {
+		return x.Last
+	}
+	return false
+}
+
+// AgainItem is one sandbox that lives on the caller, as the caller has it.
+type AgainItem struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its serial; it and those of the bindings are of generations before the pool's.
+	Sandbox uint64 `protobuf:"fixed64,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	// The epoch in which the caller became its owner, of a generation before the pool's.
+	Epoch uint64 `protobuf:"fixed64,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// The namespaces that live, each with an identity of the caller's boot. bound is kept where the store does not
+	// know the binding; gone is ignored.
+	Bindings []*Binding `protobuf:"bytes,3,rep,name=bindings,proto3" json:"bindings,omitempty"`
+	// Labels to set; others stay.
+	Labels map[string]string `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// It is the host's own.
+	OfHost bool `protobuf:"varint,5,opt,name=of_host,json=ofHost,proto3" json:"of_host,omitempty"`
+	// Its current checkpoint, as far as the caller knows; 0 for none. One of which the store knows nothing is
+	// forgotten.
+	Checkpoint uint64 `protobuf:"fixed64,6,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// In a clone: the sandbox that it was cloned from; else 0.
+	Parent uint64 `protobuf:"fixed64,7,opt,name=parent,proto3" json:"parent,omitempty"`
+	// In a clone: the checkpoint that it was restored from; else 0.
+	ParentCheckpoint uint64 `protobuf:"fixed64,8,opt,name=parent_checkpoint,json=parentCheckpoint,proto3" json:"parent_checkpoint,omitempty"`
+	// When it was registered first, by a server's clock, as far as the caller knows.
+	Created *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=created,proto3" json:"created,omitempty"`
+	// Other sandboxes, at most 16, in whose records serials of the bindings stand, because the store has forgotten
+	// that the namespaces parted from them. They are taken from those records.
+	From          []uint64 `protobuf:"fixed64,10,rep,packed,name=from,proto3" json:"from,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgainItem) Reset() {
+	*x = AgainItem{}
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgainItem) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgainItem) ProtoMessage() {}
+
+func (x *AgainItem) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgainItem.ProtoReflect.Descriptor instead.
+func (*AgainItem) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AgainItem) GetSandbox() uint64 {
+	if x != nil {
+		return x.Sandbox
+	}
+	return 0
+}
+
+func (x *AgainItem) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *AgainItem) GetBindings() []*Binding {
+	if x != nil {
+		return x.Bindings
+	}
+	return nil
+}
+
+func (x *AgainItem) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *AgainItem) GetOfHost() bool {
+	if x != nil {
+		return x.OfHost
+	}
+	return false
+}
+
+func (x *AgainItem) GetCheckpoint() uint64 {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return 0
+}
+
+func (x *AgainItem) GetParent() uint64 {
+	if x != nil {
+		return x.Parent
+	}
+	return 0
+}
+
+func (x *AgainItem) GetParentCheckpoint() uint64 {
+	if x != nil {
+		return x.ParentCheckpoint
+	}
+	return 0
+}
+
+func (x *AgainItem) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
+func (x *AgainItem) GetFrom() []uint64 {
+	if x != nil {
+		return x.From
+	}
+	return nil
+}
+
+// RegisterAgainResponse is what became of the items, in their order.
+type RegisterAgainResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One an item.
+	Answers       []*AgainAnswer `protobuf:"bytes,1,rep,name=answers,proto3" json:"answers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RegisterAgainResponse) Reset() {
+	*x = RegisterAgainResponse{}
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RegisterAgainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RegisterAgainResponse) ProtoMessage() {}
+
+func (x *RegisterAgainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RegisterAgainResponse.ProtoReflect.Descriptor instead.
+func (*RegisterAgainResponse) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *RegisterAgainResponse) GetAnswers() []*AgainAnswer {
+	if x != nil {
+		return x.Answers
+	}
+	return nil
+}
+
+// AgainAnswer is what became of one item.
+type AgainAnswer struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The sandbox as committed; where the item was refused, as it is, absent where there is none.
+	Sandbox *Sandbox `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	// Empty when it is done; else the reason of the refusal: STALE_EPOCH, NOT_OWNER, WRONG_STATE, ALREADY_BOUND or
+	// TOO_LARGE.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The refusal in a sentence.
+	Message       string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgainAnswer) Reset() {
+	*x = AgainAnswer{}
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgainAnswer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgainAnswer) ProtoMessage() {}
+
+func (x *AgainAnswer) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgainAnswer.ProtoReflect.Descriptor instead.
+func (*AgainAnswer) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *AgainAnswer) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+func (x *AgainAnswer) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *AgainAnswer) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 // EndRequest names a sandbox of the caller.
 type EndRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -420,7 +735,7 @@ type EndRequest struct {
 
 func (x *EndRequest) Reset() {
 	*x = EndRequest{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[5]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -432,7 +747,7 @@ func (x *EndRequest) String() string {
 func (*EndRequest) ProtoMessage() {}
 
 func (x *EndRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[5]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -445,7 +760,7 @@ func (x *EndRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndRequest.ProtoReflect.Descriptor instead.
 func (*EndRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{5}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *EndRequest) GetRequestId() string {
@@ -487,7 +802,7 @@ type EndResponse struct {
 
 func (x *EndResponse) Reset() {
 	*x = EndResponse{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[6]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -499,7 +814,7 @@ func (x *EndResponse) String() string {
 func (*EndResponse) ProtoMessage() {}
 
 func (x *EndResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[6]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -512,7 +827,7 @@ func (x *EndResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndResponse.ProtoReflect.Descriptor instead.
 func (*EndResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{6}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *EndResponse) GetSandbox() *Sandbox {
@@ -540,7 +855,7 @@ type SandboxesGetRequest struct {
 
 func (x *SandboxesGetRequest) Reset() {
 	*x = SandboxesGetRequest{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -552,7 +867,7 @@ func (x *SandboxesGetRequest) String() string {
 func (*SandboxesGetRequest) ProtoMessage() {}
 
 func (x *SandboxesGetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -565,7 +880,7 @@ func (x *SandboxesGetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesGetRequest.ProtoReflect.Descriptor instead.
 func (*SandboxesGetRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{7}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SandboxesGetRequest) GetBy() isSandboxesGetRequest_By {
@@ -634,7 +949,7 @@ type HostNamespace struct {
 
 func (x *HostNamespace) Reset() {
 	*x = HostNamespace{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -646,7 +961,7 @@ func (x *HostNamespace) String() string {
 func (*HostNamespace) ProtoMessage() {}
 
 func (x *HostNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -659,7 +974,7 @@ func (x *HostNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostNamespace.ProtoReflect.Descriptor instead.
 func (*HostNamespace) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{8}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *HostNamespace) GetHost() string {
@@ -698,7 +1013,7 @@ type SandboxesGetResponse struct {
 
 func (x *SandboxesGetResponse) Reset() {
 	*x = SandboxesGetResponse{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -710,7 +1025,7 @@ func (x *SandboxesGetResponse) String() string {
 func (*SandboxesGetResponse) ProtoMessage() {}
 
 func (x *SandboxesGetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -723,7 +1038,7 @@ func (x *SandboxesGetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesGetResponse.ProtoReflect.Descriptor instead.
 func (*SandboxesGetResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{9}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SandboxesGetResponse) GetSandbox() *Sandbox {
@@ -766,7 +1081,7 @@ type SandboxesListRequest struct {
 
 func (x *SandboxesListRequest) Reset() {
 	*x = SandboxesListRequest{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[10]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -778,7 +1093,7 @@ func (x *SandboxesListRequest) String() string {
 func (*SandboxesListRequest) ProtoMessage() {}
 
 func (x *SandboxesListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[10]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -791,7 +1106,7 @@ func (x *SandboxesListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesListRequest.ProtoReflect.Descriptor instead.
 func (*SandboxesListRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{10}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SandboxesListRequest) GetOwner() string {
@@ -847,7 +1162,7 @@ type SandboxesListResponse struct {
 
 func (x *SandboxesListResponse) Reset() {
 	*x = SandboxesListResponse{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[11]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -859,7 +1174,7 @@ func (x *SandboxesListResponse) String() string {
 func (*SandboxesListResponse) ProtoMessage() {}
 
 func (x *SandboxesListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[11]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -872,7 +1187,7 @@ func (x *SandboxesListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesListResponse.ProtoReflect.Descriptor instead.
 func (*SandboxesListResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{11}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SandboxesListResponse) GetSandboxes() []*Sandbox {
@@ -908,7 +1223,7 @@ var File_nsalloc_v1_sandboxes_proto protoreflect.FileDescriptor
 const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"\n" +
 	"\x1ansalloc/v1/sandboxes.proto\x12\n" +
-	"nsalloc.v1\x1a\x16nsalloc/v1/types.proto\"]\n" +
+	"nsalloc.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16nsalloc/v1/types.proto\"]\n" +
 	"\x17SandboxesHistoryRequest\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\x06R\x06serial\x12\x14\n" +
 	"\x05after\x18\x02 \x01(\x06R\x05after\x12\x14\n" +
@@ -938,7 +1253,36 @@ const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"\x10RegisterResponse\x121\n" +
 	"\tsandboxes\x18\x01 \x03(\v2\x13.nsalloc.v1.SandboxR\tsandboxes\x12+\n" +
 	"\agranted\x18\x02 \x03(\v2\x11.nsalloc.v1.RangeR\agranted\x12\x19\n" +
-	"\bas_added\x18\x03 \x03(\x06R\aasAdded\"}\n" +
+	"\bas_added\x18\x03 \x03(\x06R\aasAdded\"\x98\x01\n" +
+	"\x14RegisterAgainRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12 \n" +
+	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12+\n" +
+	"\x05items\x18\x03 \x03(\v2\x15.nsalloc.v1.AgainItemR\x05items\x12\x12\n" +
+	"\x04last\x18\x04 \x01(\bR\x04last\"\xaa\x03\n" +
+	"\tAgainItem\x12\x18\n" +
+	"\asandbox\x18\x01 \x01(\x06R\asandbox\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\x12/\n" +
+	"\bbindings\x18\x03 \x03(\v2\x13.nsalloc.v1.BindingR\bbindings\x129\n" +
+	"\x06labels\x18\x04 \x03(\v2!.nsalloc.v1.AgainItem.LabelsEntryR\x06labels\x12\x17\n" +
+	"\aof_host\x18\x05 \x01(\bR\x06ofHost\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x06 \x01(\x06R\n" +
+	"checkpoint\x12\x16\n" +
+	"\x06parent\x18\a \x01(\x06R\x06parent\x12+\n" +
+	"\x11parent_checkpoint\x18\b \x01(\x06R\x10parentCheckpoint\x124\n" +
+	"\acreated\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x12\n" +
+	"\x04from\x18\n" +
+	" \x03(\x06R\x04from\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"J\n" +
+	"\x15RegisterAgainResponse\x121\n" +
+	"\aanswers\x18\x01 \x03(\v2\x17.nsalloc.v1.AgainAnswerR\aanswers\"n\n" +
+	"\vAgainAnswer\x12-\n" +
+	"\asandbox\x18\x01 \x01(\v2\x13.nsalloc.v1.SandboxR\asandbox\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"}\n" +
 	"\n" +
 	"EndRequest\x12\x1d\n" +
 	"\n" +
@@ -976,9 +1320,10 @@ const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"\brevision\x18\x03 \x01(\x03R\brevision\x12\x1e\n" +
 	"\n" +
 	"unreadable\x18\x04 \x01(\x04R\n" +
-	"unreadable2\xf7\x02\n" +
+	"unreadable2\xcd\x03\n" +
 	"\tSandboxes\x12E\n" +
-	"\bRegister\x12\x1b.nsalloc.v1.RegisterRequest\x1a\x1c.nsalloc.v1.RegisterResponse\x126\n" +
+	"\bRegister\x12\x1b.nsalloc.v1.RegisterRequest\x1a\x1c.nsalloc.v1.RegisterResponse\x12T\n" +
+	"\rRegisterAgain\x12 .nsalloc.v1.RegisterAgainRequest\x1a!.nsalloc.v1.RegisterAgainResponse\x126\n" +
 	"\x03End\x12\x16.nsalloc.v1.EndRequest\x1a\x17.nsalloc.v1.EndResponse\x12H\n" +
 	"\x03Get\x12\x1f.nsalloc.v1.SandboxesGetRequest\x1a .nsalloc.v1.SandboxesGetResponse\x12K\n" +
 	"\x04List\x12 .nsalloc.v1.SandboxesListRequest\x1a!.nsalloc.v1.SandboxesListResponse\x12T\n" +
@@ -996,61 +1341,75 @@ func file_nsalloc_v1_sandboxes_proto_rawDescGZIP() []byte {
 	return file_nsalloc_v1_sandboxes_proto_rawDescData
 }
 
-var file_nsalloc_v1_sandboxes_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_nsalloc_v1_sandboxes_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_nsalloc_v1_sandboxes_proto_goTypes = []any{
 	(*SandboxesHistoryRequest)(nil),  // 0: nsalloc.v1.SandboxesHistoryRequest
 	(*SandboxesHistoryResponse)(nil), // 1: nsalloc.v1.SandboxesHistoryResponse
 	(*RegisterRequest)(nil),          // 2: nsalloc.v1.RegisterRequest
 	(*RegisterItem)(nil),             // 3: nsalloc.v1.RegisterItem
 	(*RegisterResponse)(nil),         // 4: nsalloc.v1.RegisterResponse
-	(*EndRequest)(nil),               // 5: nsalloc.v1.EndRequest
-	(*EndResponse)(nil),              // 6: nsalloc.v1.EndResponse
-	(*SandboxesGetRequest)(nil),      // 7: nsalloc.v1.SandboxesGetRequest
-	(*HostNamespace)(nil),            // 8: nsalloc.v1.HostNamespace
-	(*SandboxesGetResponse)(nil),     // 9: nsalloc.v1.SandboxesGetResponse
-	(*SandboxesListRequest)(nil),     // 10: nsalloc.v1.SandboxesListRequest
-	(*SandboxesListResponse)(nil),    // 11: nsalloc.v1.SandboxesListResponse
-	nil,                              // 12: nsalloc.v1.RegisterItem.LabelsEntry
-	(*Stint)(nil),                    // 13: nsalloc.v1.Stint
-	(*Range)(nil),                    // 14: nsalloc.v1.Range
-	(*Binding)(nil),                  // 15: nsalloc.v1.Binding
-	(*Sandbox)(nil),                  // 16: nsalloc.v1.Sandbox
-	(NamespaceType)(0),               // 17: nsalloc.v1.NamespaceType
-	(*KernelId)(nil),                 // 18: nsalloc.v1.KernelId
-	(*Checkpoint)(nil),               // 19: nsalloc.v1.Checkpoint
-	(SandboxState)(0),                // 20: nsalloc.v1.SandboxState
+	(*RegisterAgainRequest)(nil),     // 5: nsalloc.v1.RegisterAgainRequest
+	(*AgainItem)(nil),                // 6: nsalloc.v1.AgainItem
+	(*RegisterAgainResponse)(nil),    // 7: nsalloc.v1.RegisterAgainResponse
+	(*AgainAnswer)(nil),              // 8: nsalloc.v1.AgainAnswer
+	(*EndRequest)(nil),               // 9: nsalloc.v1.EndRequest
+	(*EndResponse)(nil),              // 10: nsalloc.v1.EndResponse
+	(*SandboxesGetRequest)(nil),      // 11: nsalloc.v1.SandboxesGetRequest
+	(*HostNamespace)(nil),            // 12: nsalloc.v1.HostNamespace
+	(*SandboxesGetResponse)(nil),     // 13: nsalloc.v1.SandboxesGetResponse
+	(*SandboxesListRequest)(nil),     // 14: nsalloc.v1.SandboxesListRequest
+	(*SandboxesListResponse)(nil),    // 15: nsalloc.v1.SandboxesListResponse
+	nil,                              // 16: nsalloc.v1.RegisterItem.LabelsEntry
+	nil,                              // 17: nsalloc.v1.AgainItem.LabelsEntry
+	(*Stint)(nil),                    // 18: nsalloc.v1.Stint
+	(*Range)(nil),                    // 19: nsalloc.v1.Range
+	(*Binding)(nil),                  // 20: nsalloc.v1.Binding
+	(*Sandbox)(nil),                  // 21: nsalloc.v1.Sandbox
+	(*timestamppb.Timestamp)(nil),    // 22: google.protobuf.Timestamp
+	(NamespaceType)(0),               // 23: nsalloc.v1.NamespaceType
+	(*KernelId)(nil),                 // 24: nsalloc.v1.KernelId
+	(*Checkpoint)(nil),               // 25: nsalloc.v1.Checkpoint
+	(SandboxState)(0),                // 26: nsalloc.v1.SandboxState
 }
 var file_nsalloc_v1_sandboxes_proto_depIdxs = []int32{
-	13, // 0: nsalloc.v1.SandboxesHistoryResponse.stints:type_name -> nsalloc.v1.Stint
-	14, // 1: nsalloc.v1.RegisterRequest.spend:type_name -> nsalloc.v1.Range
+	18, // 0: nsalloc.v1.SandboxesHistoryResponse.stints:type_name -> nsalloc.v1.Stint
+	19, // 1: nsalloc.v1.RegisterRequest.spend:type_name -> nsalloc.v1.Range
 	3,  // 2: nsalloc.v1.RegisterRequest.items:type_name -> nsalloc.v1.RegisterItem
-	15, // 3: nsalloc.v1.RegisterItem.add:type_name -> nsalloc.v1.Binding
-	12, // 4: nsalloc.v1.RegisterItem.labels:type_name -> nsalloc.v1.RegisterItem.LabelsEntry
-	16, // 5: nsalloc.v1.RegisterResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
-	14, // 6: nsalloc.v1.RegisterResponse.granted:type_name -> nsalloc.v1.Range
-	16, // 7: nsalloc.v1.EndResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	8,  // 8: nsalloc.v1.SandboxesGetRequest.namespace:type_name -> nsalloc.v1.HostNamespace
-	17, // 9: nsalloc.v1.HostNamespace.type:type_name -> nsalloc.v1.NamespaceType
-	18, // 10: nsalloc.v1.HostNamespace.kernel:type_name -> nsalloc.v1.KernelId
-	16, // 11: nsalloc.v1.SandboxesGetResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	19, // 12: nsalloc.v1.SandboxesGetResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
-	20, // 13: nsalloc.v1.SandboxesListRequest.states:type_name -> nsalloc.v1.SandboxState
-	16, // 14: nsalloc.v1.SandboxesListResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
-	2,  // 15: nsalloc.v1.Sandboxes.Register:input_type -> nsalloc.v1.RegisterRequest
-	5,  // 16: nsalloc.v1.Sandboxes.End:input_type -> nsalloc.v1.EndRequest
-	7,  // 17: nsalloc.v1.Sandboxes.Get:input_type -> nsalloc.v1.SandboxesGetRequest
-	10, // 18: nsalloc.v1.Sandboxes.List:input_type -> nsalloc.v1.SandboxesListRequest
-	0,  // 19: nsalloc.v1.Sandboxes.History:input_type -> nsalloc.v1.SandboxesHistoryRequest
-	4,  // 20: nsalloc.v1.Sandboxes.Register:output_type -> nsalloc.v1.RegisterResponse
-	6,  // 21: nsalloc.v1.Sandboxes.End:output_type -> nsalloc.v1.EndResponse
-	9,  // 22: nsalloc.v1.Sandboxes.Get:output_type -> nsalloc.v1.SandboxesGetResponse
-	11, // 23: nsalloc.v1.Sandboxes.List:output_type -> nsalloc.v1.SandboxesListResponse
-	1,  // 24: nsalloc.v1.Sandboxes.History:output_type -> nsalloc.v1.SandboxesHistoryResponse
-	20, // [20:25] is the sub-list for method output_type
-	15, // [15:20] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	20, // 3: nsalloc.v1.RegisterItem.add:type_name -> nsalloc.v1.Binding
+	16, // 4: nsalloc.v1.RegisterItem.labels:type_name -> nsalloc.v1.RegisterItem.LabelsEntry
+	21, // 5: nsalloc.v1.RegisterResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
+	19, // 6: nsalloc.v1.RegisterResponse.granted:type_name -> nsalloc.v1.Range
+	6,  // 7: nsalloc.v1.RegisterAgainRequest.items:type_name -> nsalloc.v1.AgainItem
+	20, // 8: nsalloc.v1.AgainItem.bindings:type_name -> nsalloc.v1.Binding
+	17, // 9: nsalloc.v1.AgainItem.labels:type_name -> nsalloc.v1.AgainItem.LabelsEntry
+	22, // 10: nsalloc.v1.AgainItem.created:type_name -> google.protobuf.Timestamp
+	8,  // 11: nsalloc.v1.RegisterAgainResponse.answers:type_name -> nsalloc.v1.AgainAnswer
+	21, // 12: nsalloc.v1.AgainAnswer.sandbox:type_name -> nsalloc.v1.Sandbox
+	21, // 13: nsalloc.v1.EndResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	12, // 14: nsalloc.v1.SandboxesGetRequest.namespace:type_name -> nsalloc.v1.HostNamespace
+	23, // 15: nsalloc.v1.HostNamespace.type:type_name -> nsalloc.v1.NamespaceType
+	24, // 16: nsalloc.v1.HostNamespace.kernel:type_name -> nsalloc.v1.KernelId
+	21, // 17: nsalloc.v1.SandboxesGetResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	25, // 18: nsalloc.v1.SandboxesGetResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
+	26, // 19: nsalloc.v1.SandboxesListRequest.states:type_name -> nsalloc.v1.SandboxState
+	21, // 20: nsalloc.v1.SandboxesListResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
+	2,  // 21: nsalloc.v1.Sandboxes.Register:input_type -> nsalloc.v1.RegisterRequest
+	5,  // 22: nsalloc.v1.Sandboxes.RegisterAgain:input_type -> nsalloc.v1.RegisterAgainRequest
+	9,  // 23: nsalloc.v1.Sandboxes.End:input_type -> nsalloc.v1.EndRequest
+	11, // 24: nsalloc.v1.Sandboxes.Get:input_type -> nsalloc.v1.SandboxesGetRequest
+	14, // 25: nsalloc.v1.Sandboxes.List:input_type -> nsalloc.v1.SandboxesListRequest
+	0,  // 26: nsalloc.v1.Sandboxes.History:input_type -> nsalloc.v1.SandboxesHistoryRequest
+	4,  // 27: nsalloc.v1.Sandboxes.Register:output_type -> nsalloc.v1.RegisterResponse
+	7,  // 28: nsalloc.v1.Sandboxes.RegisterAgain:output_type -> nsalloc.v1.RegisterAgainResponse
+	10, // 29: nsalloc.v1.Sandboxes.End:output_type -> nsalloc.v1.EndResponse
+	13, // 30: nsalloc.v1.Sandboxes.Get:output_type -> nsalloc.v1.SandboxesGetResponse
+	15, // 31: nsalloc.v1.Sandboxes.List:output_type -> nsalloc.v1.SandboxesListResponse
+	1,  // 32: nsalloc.v1.Sandboxes.History:output_type -> nsalloc.v1.SandboxesHistoryResponse
+	27, // [27:33] is the sub-list for method output_type
+	21, // [21:27] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_nsalloc_v1_sandboxes_proto_init() }
@@ -1059,7 +1418,7 @@ func file_nsalloc_v1_sandboxes_proto_init() {
 		return
 	}
 	file_nsalloc_v1_types_proto_init()
-	file_nsalloc_v1_sandboxes_proto_msgTypes[7].OneofWrappers = []any{
+	file_nsalloc_v1_sandboxes_proto_msgTypes[11].OneofWrappers = []any{
 		(*SandboxesGetRequest_Serial)(nil),
 		(*SandboxesGetRequest_Namespace)(nil),
 	}
@@ -1069,7 +1428,7 @@ func file_nsalloc_v1_sandboxes_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nsalloc_v1_sandboxes_proto_rawDesc), len(file_nsalloc_v1_sandboxes_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

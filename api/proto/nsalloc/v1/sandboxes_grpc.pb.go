@@ -19,11 +19,12 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Sandboxes_Register_FullMethodName = "/nsalloc.v1.Sandboxes/Register"
-	Sandboxes_End_FullMethodName      = "/nsalloc.v1.Sandboxes/End"
-	Sandboxes_Get_FullMethodName      = "/nsalloc.v1.Sandboxes/Get"
-	Sandboxes_List_FullMethodName     = "/nsalloc.v1.Sandboxes/List"
-	Sandboxes_History_FullMethodName  = "/nsalloc.v1.Sandboxes/History"
+	Sandboxes_Register_FullMethodName      = "/nsalloc.v1.Sandboxes/Register"
+	Sandboxes_RegisterAgain_FullMethodName = "/nsalloc.v1.Sandboxes/RegisterAgain"
+	Sandboxes_End_FullMethodName           = "/nsalloc.v1.Sandboxes/End"
+	Sandboxes_Get_FullMethodName           = "/nsalloc.v1.Sandboxes/Get"
+	Sandboxes_List_FullMethodName          = "/nsalloc.v1.Sandboxes/List"
+	Sandboxes_History_FullMethodName       = "/nsalloc.v1.Sandboxes/History"
 )
 
 // SandboxesClient is the client API for Sandboxes service.
@@ -45,15 +46,34 @@ type SandboxesClient interface {
 	// Errors: STALE_INCARNATION, HOST_UNKNOWN, RANGE_MISMATCH (FAILED_PRECONDITION; another life of
 	// this state spent these serials: say Hello), NOT_OWNER, STALE_EPOCH, WRONG_STATE (an item changes a
 	// sandbox that is not running on the caller), ALREADY_BOUND, SANDBOX_NOT_FOUND,
-	// CHECKPOINT_NOT_FOUND, TOO_LARGE,
+	// CHECKPOINT_NOT_FOUND, TOO_LARGE, POOL_SETTLING,
 	// REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Register(ctx context.Context, in *RegisterRequest, opts ...grpc.CallOption) (*RegisterResponse, error)
+	// RegisterAgain records what lives on the caller, under the serials and epochs that it has, after the pool's
+	// store has forgotten history: in a generation that the host has not been in before.
+	//
+	// Callers: a host, for itself, before anything else that it says in that generation but Hello and Grant. It repeats
+	// requests of up to 60 items until it has said everything; the last one says so, and the host is settled then.
+	// The epoch decides for each item, by itself. The store has no such sandbox, or knows it in a lower epoch: the
+	// caller's becomes the record. The same epoch and owner: it runs there, with the caller's bindings; one that is
+	// dumped stays so, and one that is claimed was bound before the store forgot it. A higher epoch, another owner, or
+	// a state in which its tree was seen dead: that item is refused, and what lives of it on the caller is a clone.
+	// Committed when it answers: every item that was not refused, in one transaction, and with last that the host is
+	// settled. The same request again answers the same.
+	// A serial stands in one record at every revision if the caller names in from where else its serials stand; `nsalloc
+	// check` verifies it.
+	// Errors: STALE_INCARNATION, HOST_UNKNOWN, ALREADY_BOUND (a serial or a live namespace stands twice in the
+	// request), WRONG_STATE (the host has said everything in this generation), TOO_LARGE (with their checkpoints the
+	// items are more than one transaction takes; send fewer), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+	RegisterAgain(ctx context.Context, in *RegisterAgainRequest, opts ...grpc.CallOption) (*RegisterAgainResponse, error)
 	// End records that a running sandbox of the caller is over: its processes were seen gone.
 	//
 	// Callers: a host, for itself.
 	// Ending it twice in the same epoch is the same as once. Its bindings stay, for ever.
+	// POOL_SETTLING (here and in Register, Open, Confirm and Abort): the store has forgotten history, the caller has not
+	// registered the sandbox again, and another host may yet say that it has it. Nothing was changed; try again.
 	// Errors: STALE_INCARNATION, STALE_EPOCH, NOT_OWNER, WRONG_STATE (it is being handed off: confirm
-	// or abort), SANDBOX_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+	// or abort), POOL_SETTLING, SANDBOX_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	End(ctx context.Context, in *EndRequest, opts ...grpc.CallOption) (*EndResponse, error)
 	// Get finds one sandbox by its own serial, by a namespace's, or by a live namespace's kernel id.
 	//
@@ -83,6 +103,16 @@ func (c *sandboxesClient) Register(ctx context.Context, in *RegisterRequest, opt
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(RegisterResponse)
 	err := c.cc.Invoke(ctx, Sandboxes_Register_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sandboxesClient) RegisterAgain(ctx context.Context, in *RegisterAgainRequest, opts ...grpc.CallOption) (*RegisterAgainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RegisterAgainResponse)
+	err := c.cc.Invoke(ctx, Sandboxes_RegisterAgain_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -148,15 +178,34 @@ type SandboxesServer interface {
 	// Errors: STALE_INCARNATION, HOST_UNKNOWN, RANGE_MISMATCH (FAILED_PRECONDITION; another life of
 	// this state spent these serials: say Hello), NOT_OWNER, STALE_EPOCH, WRONG_STATE (an item changes a
 	// sandbox that is not running on the caller), ALREADY_BOUND, SANDBOX_NOT_FOUND,
-	// CHECKPOINT_NOT_FOUND, TOO_LARGE,
+	// CHECKPOINT_NOT_FOUND, TOO_LARGE, POOL_SETTLING,
 	// REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Register(context.Context, *RegisterRequest) (*RegisterResponse, error)
+	// RegisterAgain records what lives on the caller, under the serials and epochs that it has, after the pool's
+	// store has forgotten history: in a generation that the host has not been in before.
+	//
+	// Callers: a host, for itself, before anything else that it says in that generation but Hello and Grant. It repeats
+	// requests of up to 60 items until it has said everything; the last one says so, and the host is settled then.
+	// The epoch decides for each item, by itself. The store has no such sandbox, or knows it in a lower epoch: the
+	// caller's becomes the record. The same epoch and owner: it runs there, with the caller's bindings; one that is
+	// dumped stays so, and one that is claimed was bound before the store forgot it. A higher epoch, another owner, or
+	// a state in which its tree was seen dead: that item is refused, and what lives of it on the caller is a clone.
+	// Committed when it answers: every item that was not refused, in one transaction, and with last that the host is
+	// settled. The same request again answers the same.
+	// A serial stands in one record at every revision if the caller names in from where else its serials stand; `nsalloc
+	// check` verifies it.
+	// Errors: STALE_INCARNATION, HOST_UNKNOWN, ALREADY_BOUND (a serial or a live namespace stands twice in the
+	// request), WRONG_STATE (the host has said everything in this generation), TOO_LARGE (with their checkpoints the
+	// items are more than one transaction takes; send fewer), REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+	RegisterAgain(context.Context, *RegisterAgainRequest) (*RegisterAgainResponse, error)
 	// End records that a running sandbox of the caller is over: its processes were seen gone.
 	//
 	// Callers: a host, for itself.
 	// Ending it twice in the same epoch is the same as once. Its bindings stay, for ever.
+	// POOL_SETTLING (here and in Register, Open, Confirm and Abort): the store has forgotten history, the caller has not
+	// registered the sandbox again, and another host may yet say that it has it. Nothing was changed; try again.
 	// Errors: STALE_INCARNATION, STALE_EPOCH, NOT_OWNER, WRONG_STATE (it is being handed off: confirm
-	// or abort), SANDBOX_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
+	// or abort), POOL_SETTLING, SANDBOX_NOT_FOUND, REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	End(context.Context, *EndRequest) (*EndResponse, error)
 	// Get finds one sandbox by its own serial, by a namespace's, or by a live namespace's kernel id.
 	//
@@ -184,6 +233,9 @@ type UnimplementedSandboxesServer struct{}
 
 func (UnimplementedSandboxesServer) Register(context.Context, *RegisterRequest) (*RegisterResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Register not implemented")
+}
+func (UnimplementedSandboxesServer) RegisterAgain(context.Context, *RegisterAgainRequest) (*RegisterAgainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RegisterAgain not implemented")
 }
 func (UnimplementedSandboxesServer) End(context.Context, *EndRequest) (*EndResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method End not implemented")
@@ -232,6 +284,24 @@ func _Sandboxes_Register_Handler(srv interface{}, ctx context.Context, dec func(
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(SandboxesServer).Register(ctx, req.(*RegisterRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Sandboxes_RegisterAgain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RegisterAgainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxesServer).RegisterAgain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxes_RegisterAgain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxesServer).RegisterAgain(ctx, req.(*RegisterAgainRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -318,6 +388,10 @@ var Sandboxes_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Register",
 			Handler:    _Sandboxes_Register_Handler,
+		},
+		{
+			MethodName: "RegisterAgain",
+			Handler:    _Sandboxes_RegisterAgain_Handler,
 		},
 		{
 			MethodName: "End",

@@ -204,6 +204,9 @@ const (
 	StintBegan_STINT_BEGAN_CLAIMED StintBegan = 2
 	// The host registered the sandbox as a clone of another one.
 	StintBegan_STINT_BEGAN_CLONED StintBegan = 3
+	// The host registered the sandbox again, after the store had forgotten it or how it came there. Stints from
+	// before may be missing.
+	StintBegan_STINT_BEGAN_AGAIN StintBegan = 4
 )
 
 // Enum value maps for StintBegan.
@@ -213,12 +216,14 @@ var (
 		1: "STINT_BEGAN_REGISTERED",
 		2: "STINT_BEGAN_CLAIMED",
 		3: "STINT_BEGAN_CLONED",
+		4: "STINT_BEGAN_AGAIN",
 	}
 	StintBegan_value = map[string]int32{
 		"STINT_BEGAN_UNSPECIFIED": 0,
 		"STINT_BEGAN_REGISTERED":  1,
 		"STINT_BEGAN_CLAIMED":     2,
 		"STINT_BEGAN_CLONED":      3,
+		"STINT_BEGAN_AGAIN":       4,
 	}
 )
 
@@ -265,6 +270,8 @@ const (
 	StintOver_STINT_OVER_FENCED StintOver = 4
 	// The host was given up while it was restoring the sandbox: nothing of the tree counts as having run.
 	StintOver_STINT_OVER_CLAIM_FENCED StintOver = 5
+	// The store has forgotten how it was over: another host has registered the sandbox again.
+	StintOver_STINT_OVER_LOST StintOver = 6
 )
 
 // Enum value maps for StintOver.
@@ -276,6 +283,7 @@ var (
 		3: "STINT_OVER_ENDED",
 		4: "STINT_OVER_FENCED",
 		5: "STINT_OVER_CLAIM_FENCED",
+		6: "STINT_OVER_LOST",
 	}
 	StintOver_value = map[string]int32{
 		"STINT_OVER_UNSPECIFIED":  0,
@@ -284,6 +292,7 @@ var (
 		"STINT_OVER_ENDED":        3,
 		"STINT_OVER_FENCED":       4,
 		"STINT_OVER_CLAIM_FENCED": 5,
+		"STINT_OVER_LOST":         6,
 	}
 )
 
@@ -965,7 +974,11 @@ type Sandbox struct {
 	// When it was registered, by the server's clock.
 	Created *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=created,proto3" json:"created,omitempty"`
 	// The file that the claimant's CRIU executes (ClaimRequest.exe); empty where nobody said.
-	ClaimExe      string `protobuf:"bytes,14,opt,name=claim_exe,json=claimExe,proto3" json:"claim_exe,omitempty"`
+	ClaimExe string `protobuf:"bytes,14,opt,name=claim_exe,json=claimExe,proto3" json:"claim_exe,omitempty"`
+	// The generation in which its owner has last said that it lives there (RegisterAgain); 0 when it never had to. A
+	// sandbox of a pool that is not settled whose epoch and whose again are of older generations may live on
+	// another host.
+	Again         uint32 `protobuf:"varint,15,opt,name=again,proto3" json:"again,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1096,6 +1109,13 @@ func (x *Sandbox) GetClaimExe() string {
 		return x.ClaimExe
 	}
 	return ""
+}
+
+func (x *Sandbox) GetAgain() uint32 {
+	if x != nil {
+		return x.Again
+	}
+	return 0
 }
 
 // Checkpoint is the record of one dump's images.
@@ -1244,7 +1264,12 @@ type Host struct {
 	// while the host was granted nothing.
 	QuotaSince *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=quota_since,json=quotaSince,proto3" json:"quota_since,omitempty"`
 	// How many serials it was granted in that window; Policy.host_quota is the most.
-	QuotaUsed     uint64 `protobuf:"varint,8,opt,name=quota_used,json=quotaUsed,proto3" json:"quota_used,omitempty"`
+	QuotaUsed uint64 `protobuf:"varint,8,opt,name=quota_used,json=quotaUsed,proto3" json:"quota_used,omitempty"`
+	// The generation in which it has last said what lives on it (RegisterAgain), or that it was new in; 0 when it was
+	// never asked.
+	Settled uint32 `protobuf:"varint,10,opt,name=settled,proto3" json:"settled,omitempty"`
+	// The generation in which an operator has last said that nobody waits for it.
+	Waived        uint32 `protobuf:"varint,11,opt,name=waived,proto3" json:"waived,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1331,6 +1356,20 @@ func (x *Host) GetQuotaSince() *timestamppb.Timestamp {
 func (x *Host) GetQuotaUsed() uint64 {
 	if x != nil {
 		return x.QuotaUsed
+	}
+	return 0
+}
+
+func (x *Host) GetSettled() uint32 {
+	if x != nil {
+		return x.Settled
+	}
+	return 0
+}
+
+func (x *Host) GetWaived() uint32 {
+	if x != nil {
+		return x.Waived
 	}
 	return 0
 }
@@ -1430,7 +1469,10 @@ type Pool struct {
 	// The format of its records.
 	Format uint32 `protobuf:"varint,4,opt,name=format,proto3" json:"format,omitempty"`
 	// What unusual restores get.
-	Policy        *Policy `protobuf:"bytes,5,opt,name=policy,proto3" json:"policy,omitempty"`
+	Policy *Policy `protobuf:"bytes,5,opt,name=policy,proto3" json:"policy,omitempty"`
+	// The last generation of which every host has said what lives on it, or was waived. While it is less than
+	// generation, which is more than 1, the pool is not settled: see POOL_SETTLING in Sandboxes and Handoff.
+	Settled       uint32 `protobuf:"varint,8,opt,name=settled,proto3" json:"settled,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1500,6 +1542,13 @@ func (x *Pool) GetPolicy() *Policy {
 	return nil
 }
 
+func (x *Pool) GetSettled() uint32 {
+	if x != nil {
+		return x.Settled
+	}
+	return 0
+}
+
 var File_nsalloc_v1_types_proto protoreflect.FileDescriptor
 
 const file_nsalloc_v1_types_proto_rawDesc = "" +
@@ -1535,7 +1584,7 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\n" +
 	"checkpoint\x18\a \x01(\x06R\n" +
 	"checkpoint\x12\x14\n" +
-	"\x05actor\x18\b \x01(\tR\x05actor\"\xd0\x04\n" +
+	"\x05actor\x18\b \x01(\tR\x05actor\"\xe6\x04\n" +
 	"\aSandbox\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\x06R\x06serial\x12.\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x18.nsalloc.v1.SandboxStateR\x05state\x12\x14\n" +
@@ -1553,7 +1602,8 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\x06parent\x18\v \x01(\x06R\x06parent\x12+\n" +
 	"\x11parent_checkpoint\x18\f \x01(\x06R\x10parentCheckpoint\x124\n" +
 	"\acreated\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x1b\n" +
-	"\tclaim_exe\x18\x0e \x01(\tR\bclaimExe\x1a9\n" +
+	"\tclaim_exe\x18\x0e \x01(\tR\bclaimExe\x12\x14\n" +
+	"\x05again\x18\x0f \x01(\rR\x05again\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xee\x02\n" +
@@ -1569,7 +1619,7 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\bclaimant\x18\b \x01(\v2\x14.nsalloc.v1.ClaimantR\bclaimant\x124\n" +
 	"\acreated\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x126\n" +
 	"\bconsumed\x18\n" +
-	" \x01(\v2\x1a.google.protobuf.TimestampR\bconsumed\"\x81\x03\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\bconsumed\"\xb3\x03\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12\x17\n" +
@@ -1580,7 +1630,10 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\vquota_since\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"quotaSince\x12\x1d\n" +
 	"\n" +
-	"quota_used\x18\b \x01(\x04R\tquotaUsed\x1a9\n" +
+	"quota_used\x18\b \x01(\x04R\tquotaUsed\x12\x18\n" +
+	"\asettled\x18\n" +
+	" \x01(\rR\asettled\x12\x16\n" +
+	"\x06waived\x18\v \x01(\rR\x06waived\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xfc\x01\n" +
@@ -1590,7 +1643,7 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\aunknown\x18\x03 \x01(\x0e2\x18.nsalloc.v1.PolicyActionR\aunknown\x12C\n" +
 	"\x0funheard_witness\x18\x04 \x01(\x0e2\x1a.nsalloc.v1.UnheardWitnessR\x0eunheardWitness\x12\x1d\n" +
 	"\n" +
-	"host_quota\x18\x05 \x01(\x04R\thostQuota\"\xab\x01\n" +
+	"host_quota\x18\x05 \x01(\x04R\thostQuota\"\xc5\x01\n" +
 	"\x04Pool\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x1e\n" +
 	"\n" +
@@ -1598,7 +1651,8 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"generation\x12+\n" +
 	"\x05state\x18\x03 \x01(\x0e2\x15.nsalloc.v1.PoolStateR\x05state\x12\x16\n" +
 	"\x06format\x18\x04 \x01(\rR\x06format\x12*\n" +
-	"\x06policy\x18\x05 \x01(\v2\x12.nsalloc.v1.PolicyR\x06policy*\xf4\x01\n" +
+	"\x06policy\x18\x05 \x01(\v2\x12.nsalloc.v1.PolicyR\x06policy\x12\x18\n" +
+	"\asettled\x18\b \x01(\rR\asettled*\xf4\x01\n" +
 	"\rNamespaceType\x12\x1e\n" +
 	"\x1aNAMESPACE_TYPE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12NAMESPACE_TYPE_MNT\x10\x01\x12\x16\n" +
@@ -1615,20 +1669,22 @@ const file_nsalloc_v1_types_proto_rawDesc = "" +
 	"\x14SANDBOX_STATE_DUMPED\x10\x02\x12\x1c\n" +
 	"\x18SANDBOX_STATE_IN_TRANSIT\x10\x03\x12\x19\n" +
 	"\x15SANDBOX_STATE_CLAIMED\x10\x04\x12\x17\n" +
-	"\x13SANDBOX_STATE_ENDED\x10\x05*v\n" +
+	"\x13SANDBOX_STATE_ENDED\x10\x05*\x8d\x01\n" +
 	"\n" +
 	"StintBegan\x12\x1b\n" +
 	"\x17STINT_BEGAN_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16STINT_BEGAN_REGISTERED\x10\x01\x12\x17\n" +
 	"\x13STINT_BEGAN_CLAIMED\x10\x02\x12\x16\n" +
-	"\x12STINT_BEGAN_CLONED\x10\x03*\xa5\x01\n" +
+	"\x12STINT_BEGAN_CLONED\x10\x03\x12\x15\n" +
+	"\x11STINT_BEGAN_AGAIN\x10\x04*\xba\x01\n" +
 	"\tStintOver\x12\x1a\n" +
 	"\x16STINT_OVER_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15STINT_OVER_HANDED_OFF\x10\x01\x12\x17\n" +
 	"\x13STINT_OVER_RELEASED\x10\x02\x12\x14\n" +
 	"\x10STINT_OVER_ENDED\x10\x03\x12\x15\n" +
 	"\x11STINT_OVER_FENCED\x10\x04\x12\x1b\n" +
-	"\x17STINT_OVER_CLAIM_FENCED\x10\x05*\xa3\x01\n" +
+	"\x17STINT_OVER_CLAIM_FENCED\x10\x05\x12\x13\n" +
+	"\x0fSTINT_OVER_LOST\x10\x06*\xa3\x01\n" +
 	"\x0fCheckpointState\x12 \n" +
 	"\x1cCHECKPOINT_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15CHECKPOINT_STATE_OPEN\x10\x01\x12\x19\n" +
