@@ -95,7 +95,7 @@ func testAgainEnds(t *testing.T, p *Pool) {
 		t.Errorf("the pool waits for %v", missing)
 	}
 	b.Return()
-	if pool, _, err := p.Pool(t.Context()); err != nil || !pool.IsSettled() || pool.Settled != 2 {
+	if pool, _, err := p.Pool(t.Context()); err != nil || !pool.IsSettled() || pool.Settled != pool.Generation {
 		t.Errorf("the pool is %+v, %v", pool, err)
 	}
 	must[*alloc.Sandbox](t)(p.End(t.Context(), a.End(sb)))
@@ -268,7 +268,7 @@ func testAgainBindings(t *testing.T, p *Pool) {
 		t.Errorf("what parted from a sandbox that is dead is in it still: %+v", got)
 	}
 	// Said once, it stays what it is when it is said late.
-	if got := p.sandbox(t, sb.Serial); got.Again != 2 {
+	if got := p.sandbox(t, sb.Serial); got.Again != p.generation() {
 		t.Errorf("it is %+v", got)
 	}
 }
