@@ -201,6 +201,9 @@ func (e *examination) agentSocket(ctx context.Context) checkup {
 		swept = st.GetSwept().AsTime()
 	}
 	switch {
+	case st.GetDown():
+		seen, fix, _ := strings.Cut(st.GetTrouble(), "; give ")
+		return bad("give "+fix, "%s: %s", name, seen)
 	case !st.GetConnected():
 		trouble := st.GetTrouble()
 		if trouble == "" {

@@ -31,6 +31,7 @@ type fake struct {
 
 	away   bool // the agent does not reach its pool
 	fenced bool // another agent has said Hello in its name
+	down   bool // and is alive
 
 	replaced uint64 // namespaces whose provisional serials were void
 
@@ -268,6 +269,10 @@ func (f *fake) Status(context.Context, *nsallocv1.StatusRequest) (*nsallocv1.Sta
 	}
 	if f.away {
 		st.Trouble = "connection refused"
+	}
+	if f.down {
+		st.Connected, st.Down, st.Fenced = false, true, 2
+		st.Trouble = "host b: two agents of this name are alive; this one does nothing; give one of the two machines another host name; or wait"
 	}
 	if f.fenced {
 		st.Incarnation--

@@ -56,6 +56,7 @@ func TestStories(t *testing.T) {
 				"broken.sock": {records: broken()},
 				"away.sock":   {records: recorded(), away: true},
 				"fenced.sock": {records: recorded(), fenced: true},
+				"down.sock":   {records: recorded(), down: true},
 				"copied.sock": {records: recorded(), replaced: 5},
 				"empty.sock":  {records: records{pool: recorded().pool}},
 			} {

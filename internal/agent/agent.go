@@ -31,7 +31,8 @@
 //
 // Ranges that are not this life's any more (its state was copied, put back or lost; the pool has a new generation)
 // are given up with what was given of them provisionally: it is logged as an error, the serials are burned, and
-// what lives under them gets others, each of which is logged. What is committed never changes.
+// what lives under them gets others, each of which is logged. What is committed never changes. Of two agents of one
+// host name that are alive, one goes on (fenced.go).
 //
 // # What happens when it dies
 //
@@ -105,6 +106,8 @@ type Pool interface {
 	Bind(ctx context.Context, cmd alloc.BindCommand) (alloc.Handoff, alloc.Ranges, error)
 	Release(ctx context.Context, cmd alloc.ReleaseCommand) (alloc.Handoff, error)
 
+	// Host reads a host's record; it may be a moment old.
+	Host(ctx context.Context, name string) (*alloc.Host, error)
 	// GetPool reads the pool's record.
 	GetPool(ctx context.Context) (*alloc.Pool, error)
 	// Owned reads the sandboxes that host owns and that run, or are dumped or claimed, as of everything

@@ -104,6 +104,10 @@ func (l *local) Status(context.Context, *nsallocv1.StatusRequest) (*nsallocv1.St
 	if t := a.trouble.Load(); t != nil {
 		resp.Connected, resp.Trouble = false, *t
 	}
+	resp.Fenced = a.registrar.fence.times.Load()
+	if down := a.registrar.fence.down.Load(); down != nil {
+		resp.Connected, resp.Down, resp.Trouble = false, true, down.Error()
+	}
 	if p := a.poolRec.Load(); p != nil {
 		resp.Pool = wire.PoolToWire(p)
 	}

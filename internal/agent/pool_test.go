@@ -243,6 +243,21 @@ func (p *testPool) GetPool(ctx context.Context) (*alloc.Pool, error) {
 	return pool, err
 }
 
+func (p *testPool) Host(ctx context.Context, name string) (*alloc.Host, error) {
+	if err := p.readStore(); err != nil {
+		return nil, err
+	}
+	entries, _, err := p.store.Get(ctx, alloc.HostKey(name))
+	if err != nil {
+		return nil, err
+	}
+	h, ok := entries[0].Record.(*alloc.Host)
+	if !ok {
+		return nil, alloc.ErrHostUnknown
+	}
+	return h, nil
+}
+
 func (p *testPool) Owned(ctx context.Context, host string) ([]*alloc.Sandbox, error) {
 	if err := p.readStore(); err != nil {
 		return nil, err

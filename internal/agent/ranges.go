@@ -108,6 +108,7 @@ func (r *registrar) refill(ctx context.Context) error {
 	}
 	cmd := alloc.GrantCommand{Mutation: r.mutation(), Count: r.grants.size()}
 	enough, joins := r.left.Load() >= r.grants.size(), r.joins
+	r.granting = !enough
 	done()
 	if enough {
 		return nil
@@ -117,18 +118,22 @@ func (r *registrar) refill(ctx context.Context) error {
 		return err
 	}
 	defer done()
+	r.granting = false
 	switch {
-	case grantErr != nil:
+	case grantErr != nil && (r.joins == joins || alloc.ReasonOf(grantErr) != alloc.ReasonStaleIncarnation):
 		return r.failed(grantErr)
-	case r.joins != joins:
+	case r.joins != joins: // of another life, perhaps: that it was replaced is known
 		r.stale.Store(true) // what was read meanwhile may have it, or not
+		r.unsure = true
 		return nil
 	}
 	// What was spent meanwhile is in all still, or is not: only the range that came is news. Ranges of one
 	// generation are granted in ascending order.
 	last := all[len(all)-1]
 	if n := len(r.ranges); n == 0 || r.ranges[n-1].Last() < last.First {
+		unsure := r.unsure
 		r.granted(append(r.ranges[:n:n], last))
+		r.unsure = unsure // the rest of our ranges was not compared
 	}
 	return nil
 }

@@ -13,10 +13,11 @@ import (
 // a shorter one, as settlePause.
 var helloPause = time.Second
 
+// rereadAfter is how old our copy of the pool's records may get. It is kept by every answer; reading it
+// anew finds what an answer that was lost, and a request that got through late, have changed.
+var rereadAfter = 30 * time.Second
+
 const (
-	// rereadAfter is how old our copy of the pool's records may get. It is kept by every answer; reading it
-	// anew finds what an answer that was lost, and a request that got through late, have changed.
-	rereadAfter = 30 * time.Second
 	// callTimeout bounds a call to the pool that nobody waits for with a deadline of their own.
 	callTimeout = 5 * time.Second
 )
@@ -31,6 +32,9 @@ func (a *Agent) stayJoined(ctx context.Context) error {
 			return err // nothing can be promised any more
 		}
 		err := a.lookAtPool(ctx)
+		if down := a.registrar.fence.down.Load(); down != nil {
+			err = down // also where it was fenced during the look
+		}
 		if err != nil && ctx.Err() == nil {
 			a.noteTrouble(err)
 			if a.registrar.usable.Load() {
@@ -55,6 +59,9 @@ func (a *Agent) noteTrouble(err error) {
 	old := a.trouble.Swap(&text)
 	if old == nil {
 		a.lost.tell()
+	}
+	if a.registrar.fence.down.Load() != nil {
+		return // and that was said
 	}
 	if old == nil || *old != text {
 		a.log.Warn("the pool is not reached; what needs it waits, and new namespaces get provisional serials", "cause", err)

@@ -30,6 +30,11 @@ type registrar struct {
 	// which namespaces had serials that are void, until they have others; by whoever holds turn.
 	pending  []entry
 	replaced map[string]alloc.Serial
+	fence    fence
+	// unsure says that ranges may not be what the pool has: a command's outcome is unknown, and it may still come.
+	// granting says that a range is asked for without the turn. By whoever holds turn.
+	unsure   bool
+	granting bool
 	joins    int           // how often the pool's records were read; by whoever holds turn
 	grants   pace          // how much to ask for; by whoever holds turn
 	low      chan struct{} // asks for a range; holds one
@@ -45,7 +50,7 @@ type registrar struct {
 }
 
 func newRegistrar(a *Agent) *registrar {
-	r := &registrar{a: a, turn: make(chan struct{}, 1), burned: map[alloc.Serial]bool{}, replaced: map[string]alloc.Serial{}, low: make(chan struct{}, 1)}
+	r := &registrar{a: a, turn: make(chan struct{}, 1), burned: map[alloc.Serial]bool{}, replaced: map[string]alloc.Serial{}, low: make(chan struct{}, 1), unsure: true}
 	r.turn <- struct{}{}
 	return r
 }
@@ -110,12 +115,18 @@ func (r *registrar) join(ctx context.Context) error {
 // as the same life again: the nonce was durable before it was said first.
 func (r *registrar) joinHeld(ctx context.Context) error {
 	a := r.a
+	if err := r.stayDown(ctx); err != nil {
+		return err
+	}
 	if err := r.keepRenewed(); err != nil {
 		return err
 	}
 	id := a.state.id
+	if err := r.replacedElsewhere(ctx, id); err != nil {
+		return err
+	}
 	host, pool, err := a.pool.Hello(ctx, alloc.HelloCommand{
-		Host: a.cfg.Host, BootID: a.bootID(), Incarnation: id.Incarnation, Nonce: id.Nonce, PoolUUID: id.Pool, Labels: a.cfg.Labels,
+		Host: a.cfg.Host, BootID: a.bootID(), Incarnation: id.Incarnation, Nonce: id.Nonce, PoolUUID: id.Pool, Labels: r.labels(),
 	})
 	if err != nil {
 		return err
@@ -123,6 +134,9 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 	if id.Pool != pool.UUID || id.Incarnation != host.Incarnation {
 		if id.Incarnation != 0 {
 			a.log.Warn("this host got a new incarnation: its agent's state was lost or taken over elsewhere", "old", id.Incarnation, "new", host.Incarnation)
+			if r.joins > 0 {
+				r.fence.fenced(r.id.Incarnation, time.Now()) // and this Hello has fenced the other one: this agent is the one at work
+			}
 		}
 		id.Pool, id.Incarnation = pool.UUID, host.Incarnation
 		r.renew(id)
@@ -131,6 +145,18 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 			return err
 		}
 		killpoint.At(killpoint.AgentIdentityRecorded)
+	}
+	if r.joins > 0 && r.id == id && r.shared(host.Granted, pool) {
+		a.log.Error("another agent works with a copy of this agent's state; beginning a new life", "ranges", r.ranges, "found", host.Granted)
+		r.fence.fenced(r.id.Incarnation, time.Now())
+		id.Nonce, id.Incarnation = newNonce(), 0
+		r.renew(id)
+		killpoint.At(killpoint.AgentNewLifeRecording)
+		if err := r.keepRenewed(); err != nil {
+			return err
+		}
+		killpoint.At(killpoint.AgentNewLifeRecorded)
+		return r.joinHeld(ctx) // with a nonce that nobody has a copy of
 	}
 	owned, err := a.pool.Owned(ctx, a.cfg.Host)
 	if err != nil {
@@ -141,7 +167,9 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 	r.joins++
 	r.life.Store(uint64(id.Incarnation))
 	r.usable.Store(true)
+	unsure := r.unsure
 	r.spent(host.Granted)
+	r.unsure = unsure // what is under way still compares what this has read
 	if err := r.first(ctx); err != nil {
 		return err
 	}
@@ -273,9 +301,10 @@ func (r *registrar) through(s alloc.Serial) (n uint64, found bool) {
 	return 0, false
 }
 
-// spent notes what the pool says is left.
+// spent notes what the pool says is left, in its answer to what has changed that: of what was sent before and is not
+// answered nothing comes any more, because it compares what is there no longer.
 func (r *registrar) spent(left alloc.Ranges) {
-	r.ranges = left
+	r.ranges, r.unsure = left, false
 	r.disk.changed = true
 	r.count()
 }
@@ -295,18 +324,52 @@ func (r *registrar) failed(err error) error {
 	case alloc.ReasonStaleIncarnation:
 		// Another life of this state has taken our place. A new nonce begins a life of our own.
 		r.a.log.Error("another copy of this agent's state was at work; beginning a new life", "cause", err)
-		id := r.a.state.id
-		id.Nonce, id.Incarnation = newNonce(), 0
-		r.renew(id)
-		killpoint.At(killpoint.AgentNewLifeRecording)
-		if writeErr := r.keepRenewed(); writeErr != nil {
-			err = errors.Join(err, writeErr)
-		}
-		killpoint.At(killpoint.AgentNewLifeRecorded)
+		err = r.lostLife(err)
+	case alloc.ReasonRange:
+	default:
+		r.unsure = true
 	}
 	// Anything else, an unknown outcome above all: read our records again before the next step.
 	r.stale.Store(true)
 	return err
+}
+
+// lostLife has the next Hello begin a life of our own, because another one has taken our place; when that is alive there
+// is none before it is gone. By the holder.
+func (r *registrar) lostLife(cause error) error {
+	if r.fence.life == r.id.Incarnation {
+		return cause // it is known, and the next Hello is another life's
+	}
+	alive := r.fence.fenced(r.id.Incarnation, time.Now())
+	id := r.a.state.id
+	id.Nonce, id.Incarnation = newNonce(), 0
+	r.renew(id)
+	killpoint.At(killpoint.AgentNewLifeRecording)
+	if err := r.keepRenewed(); err != nil {
+		cause = errors.Join(cause, err)
+	}
+	killpoint.At(killpoint.AgentNewLifeRecorded)
+	if alive {
+		r.standDown(cause)
+	}
+	return cause
+}
+
+// replacedElsewhere looks, where this agent was fenced before, whether it has been again: to say Hello in a life that was
+// replaced would fence the other one once more. By the holder.
+func (r *registrar) replacedElsewhere(ctx context.Context, id identity) error {
+	if r.fence.times.Load() == 0 || r.joins == 0 || id.Incarnation == 0 {
+		return nil
+	}
+	host, err := r.a.pool.Host(ctx, r.a.cfg.Host)
+	if err != nil {
+		return err
+	}
+	if host.Incarnation <= id.Incarnation { // a server may be moments behind
+		return nil
+	}
+	return r.lostLife(&alloc.Error{Reason: alloc.ReasonStaleIncarnation, Subject: "host " + r.a.cfg.Host,
+		Msg: fmt.Sprintf("it is in incarnation %s, this agent is of incarnation %s", host.Incarnation, id.Incarnation)})
 }
 
 // register commits items that make or change sandboxes; by the holder.

@@ -122,6 +122,11 @@ func (r *Remote) Release(ctx context.Context, cmd alloc.ReleaseCommand) (alloc.H
 	})
 }
 
+// Host reads a host's record.
+func (r *Remote) Host(ctx context.Context, name string) (*alloc.Host, error) {
+	return r.c.Host(ctx, name)
+}
+
 // GetPool reads the pool's record.
 func (r *Remote) GetPool(ctx context.Context) (*alloc.Pool, error) {
 	p, _, err := r.c.Pool(ctx)

@@ -37,9 +37,11 @@ func (s hosts) logLife(ctx context.Context, before, host *alloc.Host) {
 		s.log.InfoContext(ctx, "a host joined", "host", host.Name, "incarnation", host.Incarnation, "boot_id", host.BootID)
 	case before.Incarnation == host.Incarnation: // its first answer was lost
 	case before.BootID == host.BootID:
+		s.metrics.lives.Inc()
 		s.log.WarnContext(ctx, "a host began a new incarnation within one boot: its agent's state was lost, or two agents have one name",
 			"host", host.Name, "old", before.Incarnation, "new", host.Incarnation, "boot_id", host.BootID)
 	default:
+		s.metrics.lives.Inc()
 		s.log.InfoContext(ctx, "a host began a new incarnation", "host", host.Name, "old", before.Incarnation, "new", host.Incarnation, "boot_id", host.BootID)
 	}
 }

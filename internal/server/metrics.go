@@ -28,6 +28,7 @@ type metrics struct {
 	swept    prometheus.Counter
 	lanes    *prometheus.CounterVec
 	again    *prometheus.CounterVec
+	lives    prometheus.Counter
 	up       prometheus.Gauge
 }
 
@@ -49,12 +50,14 @@ func newMetrics(r *prometheus.Registry, v *view, w Witness) *metrics {
 			Help: "Lanes that this server lost, with the rest of their ranges: taken by a copy of this server or by a store that was put back, or swept because they were not used for long."}, []string{"why"}),
 		again: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: ns, Name: "sandboxes_registered_again_total",
 			Help: "Sandboxes that hosts registered again after the store had forgotten history: done, or refused because they have gone on elsewhere or are over."}, []string{"outcome"}),
+		lives: prometheus.NewCounter(prometheus.CounterOpts{Namespace: ns, Name: "host_lives_total",
+			Help: "Incarnations that hosts of the pool began, other than their first: an agent's state was lost or put back, or two agents of one name are alive."}),
 		up: prometheus.NewGauge(prometheus.GaugeOpts{Namespace: ns, Name: "serving", Help: "1 while the store answers, the view keeps up and there is a pool."}),
 	}
 	if w != nil {
 		r.MustRegister(witnessCollector{w})
 	}
-	r.MustRegister(m.grpc, m.serials, m.refusals, m.commits, m.panics, m.swept, m.lanes, m.again, m.up, viewCollector{v},
+	r.MustRegister(m.grpc, m.serials, m.refusals, m.commits, m.panics, m.swept, m.lanes, m.again, m.lives, m.up, viewCollector{v},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	for _, why := range []string{laneTaken, laneSwept} {
 		m.lanes.WithLabelValues(why)

@@ -92,7 +92,11 @@ type StatusResponse struct {
 	Provisional uint64 `protobuf:"varint,14,opt,name=provisional,proto3" json:"provisional,omitempty"`
 	// Namespaces whose provisional serials were void since the agent started; those that live got others. Above 0 the
 	// host's state was copied, put back or lost, or the pool took a new generation.
-	Replaced      uint64 `protobuf:"varint,15,opt,name=replaced,proto3" json:"replaced,omitempty"`
+	Replaced uint64 `protobuf:"varint,15,opt,name=replaced,proto3" json:"replaced,omitempty"`
+	// How often another life of this host took this agent's place while it was at work.
+	Fenced uint64 `protobuf:"varint,20,opt,name=fenced,proto3" json:"fenced,omitempty"`
+	// Another agent of this host's name is alive and goes on; this one does nothing, and trouble says what to do.
+	Down          bool `protobuf:"varint,21,opt,name=down,proto3" json:"down,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -230,6 +234,20 @@ func (x *StatusResponse) GetReplaced() uint64 {
 		return x.Replaced
 	}
 	return 0
+}
+
+func (x *StatusResponse) GetFenced() uint64 {
+	if x != nil {
+		return x.Fenced
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetDown() bool {
+	if x != nil {
+		return x.Down
+	}
+	return false
 }
 
 // ListNamespacesRequest can narrow the list.
@@ -741,7 +759,7 @@ const file_nsalloc_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x16nsalloc/v1/agent.proto\x12\n" +
 	"nsalloc.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16nsalloc/v1/types.proto\"\x0f\n" +
-	"\rStatusRequest\"\xdf\x03\n" +
+	"\rStatusRequest\"\x8b\x04\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12\x17\n" +
@@ -762,7 +780,9 @@ const file_nsalloc_v1_agent_proto_rawDesc = "" +
 	"\vhook_socket\x18\r \x01(\tR\n" +
 	"hookSocket\x12 \n" +
 	"\vprovisional\x18\x0e \x01(\x04R\vprovisional\x12\x1a\n" +
-	"\breplaced\x18\x0f \x01(\x04R\breplaced\"1\n" +
+	"\breplaced\x18\x0f \x01(\x04R\breplaced\x12\x16\n" +
+	"\x06fenced\x18\x14 \x01(\x04R\x06fenced\x12\x12\n" +
+	"\x04down\x18\x15 \x01(\bR\x04down\"1\n" +
 	"\x15ListNamespacesRequest\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\x06R\asandbox\"S\n" +
 	"\x16ListNamespacesResponse\x129\n" +

@@ -42,7 +42,10 @@ type HostsClient interface {
 	// A clone of a state (a copied disk, a machine that was started twice from one snapshot) has the same
 	// nonce and incarnation. Hello does not tell the two apart: both go on in the same life, and both are
 	// taken for the host, until one of them spends serials. The other then gets RANGE_MISMATCH for the
-	// serials that it believes to hold, and has to say Hello with a new nonce to go on.
+	// serials that it believes to hold, or finds other ranges in its next Hello's answer, and has to say Hello with a new
+	// nonce to go on. That fences the first, which gets STALE_INCARNATION. An agent that is fenced a second time within
+	// ten minutes, after its own Hello, knows that the other one is alive, and says nothing more while that one's Hello
+	// goes on to change: so one of them is left at work.
 	// A known life on a new boot keeps its incarnation and its ranges.
 	// A host that the pool does not know, and whose state has never been in it, is settled from the start; any other
 	// one whose record is settled in an older generation than the pool's says next what lives on it (RegisterAgain).
@@ -149,7 +152,10 @@ type HostsServer interface {
 	// A clone of a state (a copied disk, a machine that was started twice from one snapshot) has the same
 	// nonce and incarnation. Hello does not tell the two apart: both go on in the same life, and both are
 	// taken for the host, until one of them spends serials. The other then gets RANGE_MISMATCH for the
-	// serials that it believes to hold, and has to say Hello with a new nonce to go on.
+	// serials that it believes to hold, or finds other ranges in its next Hello's answer, and has to say Hello with a new
+	// nonce to go on. That fences the first, which gets STALE_INCARNATION. An agent that is fenced a second time within
+	// ten minutes, after its own Hello, knows that the other one is alive, and says nothing more while that one's Hello
+	// goes on to change: so one of them is left at work.
 	// A known life on a new boot keeps its incarnation and its ranges.
 	// A host that the pool does not know, and whose state has never been in it, is settled from the start; any other
 	// one whose record is settled in an older generation than the pool's says next what lives on it (RegisterAgain).
