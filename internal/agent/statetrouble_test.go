@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nsalloc/nsalloc/internal/baddisk"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/criuhook"
 )
@@ -32,12 +34,27 @@ func (h *host) ownDisk() {
 	})
 }
 
-// troubles are what keeps a disk from taking writes, and how that ends.
-var troubles = map[string]struct {
+// trouble keeps a disk from taking writes.
+type trouble struct {
 	reason string
 	begin  func(dir string) error
 	end    func(dir string) error
-}{
+}
+
+// badDisk gives the agent's state a disk whose fsync can fail.
+func (h *host) badDisk() *baddisk.Disk {
+	h.t.Helper()
+	d := baddisk.New(h.t, h.stateDir())
+	h.t.Cleanup(func() { // before it is unmounted
+		if err := h.stop(); err != nil {
+			h.t.Error(err)
+		}
+	})
+	return d
+}
+
+// troubles are those of a disk of ownDisk, and how they end.
+var troubles = map[string]trouble{
 	"full": {"free space, or inodes, on its disk", func(dir string) error {
 		f, err := os.Create(filepath.Join(dir, "ballast"))
 		if err != nil {
@@ -83,7 +100,9 @@ var troubles = map[string]struct {
 // with the disk's reason, and what is under way goes back; what has happened is told when the disk takes
 // writes again. Nothing of it needs a restart, and the next hand-off goes through.
 func TestDiskTrouble(t *testing.T) {
-	for trouble, disk := range troubles {
+	kinds := maps.Clone(troubles)
+	kinds["an fsync fails"] = trouble{reason: "free space, or inodes, on its disk"} // as the device says
+	for kind, disk := range kinds {
 		for where, c := range map[string]struct {
 			// meet goes to the write that fails; hit makes it fail, mended is closed when it does not any more.
 			meet  func(h *host, d *dumped, hit func(), want string)
@@ -156,9 +175,14 @@ func TestDiskTrouble(t *testing.T) {
 				d.passes(criuhook.PreRestore, 0, d.images)
 			}, false, alloc.StateInTransit, alloc.CheckpointOpen},
 		} {
-			t.Run(trouble+"/"+where, func(t *testing.T) {
-				h := idleHost(t)
-				h.ownDisk()
+			t.Run(kind+"/"+where, func(t *testing.T) {
+				h, disk := idleHost(t), disk
+				if disk.begin == nil {
+					bad := h.badDisk()
+					disk.begin, disk.end = func(string) error { return bad.Fail() }, func(string) error { return bad.Heal() }
+				} else {
+					h.ownDisk()
+				}
 				h.start()
 				var d *dumped
 				if c.dump {
@@ -374,4 +398,57 @@ func TestClockSetBack(t *testing.T) {
 	if h.registrar.age() > time.Minute {
 		t.Errorf("%v", h.registrar.age())
 	}
+}
+
+// TestFsyncFails: the pool is away, and the disk takes writes into its cache and loses them. No serial is given that
+// only the cache has: after the machine was cut off, what was given is there, and what was not is numbered anew.
+func TestFsyncFails(t *testing.T) {
+	h := idleHost(t)
+	bad := h.badDisk()
+	h.start()
+	h.pool.setAway(true)
+	h.eventually("the pool is away", func() error {
+		if !h.away() {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	given := container(t, containerFlags)
+	before := serialsOf(h.serials(given.pid))
+	if err := bad.Fail(); err != nil {
+		t.Fatal(err)
+	}
+	denied := container(t, containerFlags)
+	h.logged("sweep: some namespaces have to wait for the next one")
+	for typ, k := range h.namespaces(denied.pid) {
+		if p, ok := h.book.find(typ, k); ok && p.sandbox != h.book.ofHost(h.bootID()).Serial {
+			t.Errorf("%s has serial %s, which is on no disk", typ, p.binding.Serial)
+		}
+	}
+	h.mustStop()
+	if err := bad.Remount(); err != nil {
+		t.Fatal(err)
+	}
+	if err := bad.Heal(); err != nil {
+		t.Fatal(err)
+	}
+	h.startOnly()
+	h.serials(denied.pid)
+	same(t, before, serialsOf(h.serials(given.pid)))
+	after := serialsOf(h.serials(denied.pid))
+	for _, typ := range containerTypes {
+		if after[typ] == before[typ] {
+			t.Errorf("%s: %s was given twice", typ, after[typ])
+		}
+	}
+	h.pool.setAway(false)
+	h.eventually("all of it is committed", func() error {
+		if n := h.registrar.uncommitted.Load(); n > 0 {
+			return fmt.Errorf("%d serials are provisional", n)
+		}
+		return nil
+	})
+	same(t, before, serialsOf(h.serials(given.pid)))
+	same(t, after, serialsOf(h.serials(denied.pid)))
+	h.consistent()
 }

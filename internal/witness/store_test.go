@@ -13,6 +13,9 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/nsalloc/nsalloc/internal/baddisk"
 	"github.com/nsalloc/nsalloc/internal/memstore"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/alloc/alloctest"
@@ -282,6 +285,68 @@ func TestDiskTrouble(t *testing.T) {
 		t.Errorf("%v, asked again %v, %v", got, again, err)
 	}
 	x.take(t, l, 3)
+}
+
+// TestFsyncFails: what the disk took into its cache and lost was not seen, although a later fsync succeeds. An Update
+// after that writes the page anew.
+func TestFsyncFails(t *testing.T) {
+	bad := baddisk.New(t, filepath.Join(t.TempDir(), "disk"))
+	dir := filepath.Join(bad.Dir, "server")
+	see := func(w *File, n uint64) error { return w.Update(func(s *Seen) { s.Pool, s.Counter = "p", n }) }
+	w := opened(t, dir)
+	if err := see(w, 7); err != nil {
+		t.Fatal(err)
+	}
+	again := func() {
+		t.Helper()
+		if err := errors.Join(w.Close(), bad.Remount()); err != nil {
+			t.Fatal(err)
+		}
+		w = opened(t, dir)
+	}
+	again()
+	// The page that is written next.
+	if err := errors.Join(bad.FailAt(filepath.Join(dir, fileName), int64((w.number+1)%2)*pageSize), bad.Fail()); err != nil {
+		t.Fatal(err)
+	}
+	if err := see(w, 8); err == nil {
+		t.Fatal("it is on disk")
+	}
+	tells := errors.New("not tried")
+	for i := 0; tells != nil && i < 5; i++ {
+		tells = unix.Fdatasync(int(w.f.Fd()))
+	}
+	if tells != nil {
+		t.Fatalf("each further fsync fails: %v", tells) // then this proves less than it says
+	}
+	again()
+	if got := w.Seen().Counter; got != 7 {
+		t.Errorf("after the machine was cut off it has seen %d", got)
+	}
+	if err := see(w, 9); err == nil {
+		t.Fatal("it is on disk")
+	}
+	if err := bad.Heal(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Kept(); err != nil {
+		t.Fatal(err)
+	}
+	again()
+	if got := w.Seen().Counter; got != 9 {
+		t.Errorf("what was kept is %d", got)
+	}
+}
+
+// opened opens a witness that is there, or makes one.
+func opened(t *testing.T, dir string) *File {
+	t.Helper()
+	w, _, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = w.Close() })
+	return w
 }
 
 // TestLostAnswers: writes whose answers are lost or late leave the slots usable, and nothing is issued twice.
