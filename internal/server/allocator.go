@@ -21,7 +21,7 @@ func (s allocator) Allocate(ctx context.Context, req *nsallocv1.AllocateRequest)
 	if err != nil {
 		return nil, err
 	}
-	s.metrics.serials.WithLabelValues("allocate").Add(float64(ranges.Count()))
+	s.metrics.allocate.Add(float64(ranges.Count()))
 	return &nsallocv1.AllocateResponse{Ranges: wire.RangesToWire(ranges)}, nil
 }
 

@@ -91,6 +91,9 @@ func (s *streamIn) Context() context.Context { return s.ctx }
 
 // answer makes err what crosses the wire, and says in the log what happened.
 func (s *Server) answer(ctx context.Context, method string, who identity.Caller, began time.Time, err error) error {
+	if err == nil && !s.log.Enabled(ctx, slog.LevelDebug) {
+		return nil
+	}
 	st := wire.Status(err)
 	attrs := []slog.Attr{
 		slog.String("method", method), slog.String("caller", who.String()), slog.String("code", st.Code().String()),

@@ -28,6 +28,7 @@ import (
 // TestPermissions: every method that a server offers has its row in the table, read from the server itself.
 func TestPermissions(t *testing.T) {
 	s := New(Config{Store: memstore.New()})
+	defer s.grpc.Stop() // it does not run
 	n := 0
 	for service, info := range s.grpc.GetServiceInfo() {
 		for _, m := range info.Methods {
@@ -376,6 +377,7 @@ func TestSweepRequests(t *testing.T) {
 	now = now.Add(3 * alloc.RequestLife)
 	mu.Unlock()
 	s := New(Config{Store: mem, Now: clock})
+	defer s.grpc.Stop() // it does not run
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	s.sweepOnce(ctx)

@@ -22,6 +22,7 @@ type metrics struct {
 	grpc     *grpcprom.ServerMetrics
 
 	serials  *prometheus.CounterVec
+	allocate prometheus.Counter // of serials, found once: each call counts
 	refusals *prometheus.CounterVec
 	commits  *prometheus.HistogramVec
 	panics   prometheus.Counter
@@ -68,6 +69,7 @@ func newMetrics(r *prometheus.Registry, v *view, w Witness) *metrics {
 	for _, outcome := range []string{"ok", string(alloc.ReasonConflict), string(alloc.ReasonUnknownOutcome), string(alloc.ReasonUnavailable)} {
 		m.commits.WithLabelValues(outcome) // a rate needs the zero
 	}
+	m.allocate = m.serials.WithLabelValues("allocate")
 	return m
 }
 

@@ -26,7 +26,9 @@ func TestEveryWriteHasPoints(t *testing.T) {
 	points := killpoint.All()
 	var reads []string
 	writes := map[string]string{}
-	for service, info := range New(Config{Store: memstore.New()}).grpc.GetServiceInfo() {
+	s := New(Config{Store: memstore.New()})
+	defer s.grpc.Stop() // it does not run
+	for service, info := range s.grpc.GetServiceInfo() {
 		name, ok := strings.CutPrefix(service, ours)
 		if !ok {
 			continue // health and reflection
