@@ -9,7 +9,7 @@ import (
 
 // Measures of the chart, in its own pixels.
 const (
-	chartText = 330 // of names, at the left
+	chartText = 372 // of names, at the left
 	chartBars = 460
 	chartLine = 17 // a row
 	chartHead = 26 // a group's title
@@ -20,7 +20,7 @@ const (
 func (res *results) chart() string {
 	low, high := math.Inf(1), 0.0
 	for _, r := range res.rows {
-		if s := res.of(r.name(), rate); s.median > 0 && r.ask != "atomic" { // it would leave no room for the others
+		if s := res.of(r.name(), rate); s.median > 0 && !r.uncalled() { // it would leave no room for the others
 			low, high = min(low, s.least), max(high, s.most)
 		}
 	}
@@ -51,7 +51,7 @@ func (res *results) chart() string {
 			class = "n"
 		}
 		figure, end := count(s.median), at(s.median)
-		if r.ask == "atomic" {
+		if r.uncalled() {
 			figure += " →"
 		}
 		fmt.Fprintf(&body, "<text x='%d' y='%d' class='t'>%s</text>", chartText-6, y+12, html.EscapeString(r.words+", "+short(r.load)))

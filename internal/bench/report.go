@@ -116,8 +116,8 @@ func (res *results) table(b *strings.Builder) {
 			entries = significant(res.of(r.name(), func(t trial) float64 { return t.entries }).median)
 		}
 		cpu := significant(res.of(r.name(), func(t trial) float64 { return t.callers.Seconds() * 1e6 }).median)
-		if r.on != "" {
-			cpu = significant(res.of(r.name(), func(t trial) float64 { return t.server.Seconds() * 1e6 }).median) + " + " + cpu
+		if server := res.of(r.name(), func(t trial) float64 { return t.server.Seconds() * 1e6 }); server.median > 0 {
+			cpu = significant(server.median) + " + " + cpu
 		}
 		times := fmt.Sprintf("%s | %s", duration(p50.median), duration(p99.median))
 		if r.ask == "atomic" {
@@ -154,9 +154,13 @@ func (res *results) explain(b *strings.Builder) {
 - A caller asks for one serial, waits for the answer, and asks again. Callers have a connection each, over TCP on
   loopback; or they share one client, which gathers those who wait into one request, one on its way at a time. Where
   others are gathered, it is by the same code.
-- nsalloc is nsalloc-server with the etcd in it. Its answers are committed: etcd has synced them to disk before.
+- nsalloc is nsalloc-server with the etcd in it. Its answers are committed: etcd has synced them to disk before, and
+  the server its witness, on the same disk.
+- The disk's row is what etcd's log does, without etcd: a block after the other, each synced. Compare what waits for
+  a disk with that, on another machine too.
 - The unary echo is a gRPC server that answers the same messages from memory, and gRPC's plain client, or ours. The
-  stream echo has one stream in both directions, and a message for each batch.
+  stream echo has one stream in both directions, and a message for each batch; gathered by channels it is what a
+  program does that has not our client, and with 1000 ids a message nobody waits for one of them.
 - The etcd is one member, like the one in our server. Its counter is read and written by all callers; its owner is one
   process that alone writes a counter, in one transaction for all who wait.
 - Redis and PostgreSQL are as Debian installs them. "AOF off" keeps nothing over a restart, and nextval logs every 32nd
@@ -164,7 +168,8 @@ func (res *results) explain(b *strings.Builder) {
   caller waits for its answer before the next one asks; gathered INCRBY is what pipelining is to callers who wait.
 - etcd commits are transactions that changed something; log entries are all that raft took, with those whose
   comparisons failed.
-- CPU is the processor time of the server, with the etcd in it, and that of its callers.
+- CPU is the processor time of the server, with the etcd in it, and that of its callers. PostgreSQL has a process a
+  connection, and only its callers' is told.
 - A ratio is taken in each round; the middle of those decides.
 `)
 	var names []string

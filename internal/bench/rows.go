@@ -126,3 +126,6 @@ func (r row) unit() string {
 	}
 	return "id"
 }
+
+// uncalled reports whether ids come without a call for each.
+func (r row) uncalled() bool { return r.ask == "atomic" || r.ask == "stream-batch" }

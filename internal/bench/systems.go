@@ -26,7 +26,7 @@ type system struct {
 	version string
 	like    *transaction // what registrations are measured against
 	etcd    *etcdMeter
-	pid     int
+	pid     int // of its one process; 0 where there are more
 	end     func()
 }
 
@@ -240,11 +240,11 @@ func startPostgres(s *systems, dir string) (*system, error) {
 	cmd := exec.Command(filepath.Join(bin, "postgres"), "-D", data, "-p", port, "-c", "listen_addresses=127.0.0.1", "-k", "",
 		"-c", "max_connections=300", "-c", "fsync=on", "-c", "checkpoint_timeout=1h", "-c", "log_min_messages=fatal")
 	cmd.Dir, cmd.SysProcAttr = dir, attr
-	p, end, err := s.spawn(cmd, syscall.SIGINT) // at once, whoever is connected
+	_, end, err := s.spawn(cmd, syscall.SIGINT) // at once, whoever is connected
 	if err != nil {
 		return nil, err
 	}
-	sys := &system{address: "127.0.0.1:" + port, pid: p.cmd.Process.Pid, end: end, version: versionOf(cmd.Path)}
+	sys := &system{address: "127.0.0.1:" + port, end: end, version: versionOf(cmd.Path)}
 	return sys, s.await(sys, func(ctx context.Context) error {
 		p, err := dialPostgres(ctx, sys.address)
 		if err != nil {
