@@ -26,8 +26,12 @@ type index struct {
 	pool    *alloc.Pool
 	counter *alloc.Counter
 
-	bySerial map[alloc.Serial]*entry // a sandbox's own serial, and those of all its bindings
-	byKernel map[kernelKey]*entry    // live namespaces of sandboxes that are on their owner host
+	// The two that have the most keep numbers of entries, so that the garbage collector need not look into them.
+	bySerial map[alloc.Serial]uint32 // a sandbox's own serial, and those of all its bindings
+	byKernel map[kernelKey]uint32    // live namespaces of sandboxes that are on their owner host
+	entries  []*entry                // by number; nobody has number 0
+	free     []uint32                // numbers that sandboxes had which are gone
+
 	// order is by serial. Hosts register in ranges that lie beside each other, so that most new sandboxes come
 	// somewhere in the middle. Those of one host come at its end, and a slice is less than a tree: owners.
 	order  *btree.BTree[*entry]
@@ -61,6 +65,7 @@ type index struct {
 // entry is one sandbox. Its fields change under view.mu; what packed points at never does.
 type entry struct {
 	serial alloc.Serial
+	number uint32 // its place in entries
 	state  nsallocv1.SandboxState
 	owner  string
 	boot   string // stands for the boot ids that packed leaves out
@@ -81,7 +86,7 @@ const orderDegree = 32
 
 func newIndex() *index {
 	return &index{
-		bySerial: map[alloc.Serial]*entry{}, byKernel: map[kernelKey]*entry{},
+		bySerial: map[alloc.Serial]uint32{}, byKernel: map[kernelKey]uint32{}, entries: []*entry{nil},
 		order: btree.New(orderDegree, func(a, b *entry) bool { return a.serial < b.serial }), owners: map[string][]*entry{},
 		checkpoints: map[alloc.Serial]*alloc.Checkpoint{}, cpsOf: map[alloc.Serial][]alloc.Serial{}, byRun: map[string]alloc.Serial{},
 		hosts: map[string]*alloc.Host{}, unreadable: map[alloc.Key]error{}, unread: map[alloc.Kind]uint64{},
@@ -114,7 +119,7 @@ func (ix *index) prepare(c alloc.Change) (update, error) {
 	if err := serial.UnmarshalText([]byte(key.ID)); err != nil {
 		return u, nil // no record is under such a key; a value there is unreadable
 	}
-	if old := ix.bySerial[serial]; old != nil && old.serial == serial && (onHost(old.state) || record == nil) {
+	if old := ix.entries[ix.bySerial[serial]]; old != nil && old.serial == serial && (onHost(old.state) || record == nil) {
 		msg, err := old.unpack()
 		if err != nil {
 			return u, err
@@ -151,11 +156,11 @@ var errClash = errors.New("a sandbox left that had a serial in common with anoth
 // noteClashes is called before u is found by its serials and namespaces.
 func (ix *index) noteClashes(u update, serial alloc.Serial) {
 	for _, s := range append(u.bindings, serial) {
-		e := ix.bySerial[s]
+		e := ix.entries[ix.bySerial[s]]
 		ix.clashes = ix.clashes || e != nil && e.serial != serial
 	}
 	for _, k := range u.live {
-		e := ix.byKernel[k]
+		e := ix.entries[ix.byKernel[k]]
 		ix.clashes = ix.clashes || e != nil && e.serial != serial
 	}
 }
@@ -198,9 +203,9 @@ func (ix *index) applySandbox(u update) {
 	if serial.UnmarshalText([]byte(u.key.ID)) != nil {
 		return
 	}
-	e := ix.bySerial[serial]
+	e := ix.entries[ix.bySerial[serial]]
 	for _, k := range u.gone {
-		if ix.byKernel[k] == e {
+		if e != nil && ix.byKernel[k] == e.number {
 			delete(ix.byKernel, k)
 		}
 	}
@@ -211,25 +216,27 @@ func (ix *index) applySandbox(u update) {
 		ix.order.Delete(e)
 		ix.disown(e)
 		for _, s := range append(u.bindings, serial) {
-			if ix.bySerial[s] == e {
+			if ix.bySerial[s] == e.number {
 				delete(ix.bySerial, s)
 			}
 		}
+		ix.entries[e.number], ix.free = nil, append(ix.free, e.number)
 		return
 	}
 	fresh := e == nil || e.serial != serial
 	if fresh {
-		e = &entry{serial: serial}
+		e = ix.newEntry(serial)
 		ix.order.ReplaceOrInsert(e)
 	}
 	if e.owner != u.next.owner {
 		ix.disown(e)
 		ix.owners[u.next.owner] = with(ix.owners[u.next.owner], e)
 	}
+	u.next.number = e.number
 	*e = u.next
 	// What one sandbox parts with another one of the same revision gets: that is no clash.
 	for _, s := range u.left {
-		if ix.bySerial[s] == e {
+		if ix.bySerial[s] == e.number {
 			delete(ix.bySerial, s)
 		}
 	}
@@ -237,18 +244,29 @@ func (ix *index) applySandbox(u update) {
 		ix.noteClashes(u, serial)
 	}
 	before := len(ix.bySerial) + len(ix.byKernel)
-	ix.bySerial[serial] = e
+	ix.bySerial[serial] = e.number
 	for _, s := range u.bindings {
-		ix.bySerial[s] = e
+		ix.bySerial[s] = e.number
 	}
 	for _, k := range u.live {
-		ix.byKernel[k] = e
+		ix.byKernel[k] = e.number
 	}
 	// A new one adds as many as it has, or some were another one's. That is what noteClashes finds, without
 	// looking for each before it is put.
 	if found := len(ix.bySerial) + len(ix.byKernel); fresh && found != before+1+len(u.bindings)+len(u.live) {
 		ix.clashes = true
 	}
+}
+
+func (ix *index) newEntry(serial alloc.Serial) *entry {
+	e := &entry{serial: serial, number: uint32(len(ix.entries))}
+	if n := len(ix.free); n > 0 {
+		e.number, ix.free = ix.free[n-1], ix.free[:n-1]
+		ix.entries[e.number] = e
+	} else {
+		ix.entries = append(ix.entries, e)
+	}
+	return e
 }
 
 func (ix *index) disown(e *entry) {
@@ -300,11 +318,11 @@ func (ix *index) after(owner string, after alloc.Serial) iter.Seq[*entry] {
 
 // sandbox finds by a sandbox's serial, a namespace's, or a checkpoint's.
 func (ix *index) sandbox(s alloc.Serial) *entry {
-	if e := ix.bySerial[s]; e != nil {
+	if e := ix.entries[ix.bySerial[s]]; e != nil {
 		return e
 	}
 	if c := ix.checkpoints[s]; c != nil {
-		return ix.bySerial[c.Sandbox]
+		return ix.entries[ix.bySerial[c.Sandbox]]
 	}
 	return nil
 }
@@ -316,7 +334,7 @@ func (ix *index) namespace(host string, t nsallocv1.NamespaceType, k *nsallocv1.
 	if !ok {
 		return nil
 	}
-	return ix.byKernel[keyAt(p, t, k)]
+	return ix.entries[ix.byKernel[keyAt(p, t, k)]]
 }
 
 // onHost: the kernel identities of a record are of namespaces that stand on its owner.

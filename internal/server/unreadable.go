@@ -101,7 +101,7 @@ func (ix *index) ownerOf(key alloc.Key) string {
 	if s.UnmarshalText([]byte(key.ID)) != nil {
 		return ""
 	}
-	if e := ix.bySerial[s]; e != nil && e.serial == s {
+	if e := ix.entries[ix.bySerial[s]]; e != nil && e.serial == s {
 		return e.owner
 	}
 	return ""
