@@ -266,6 +266,9 @@ func (s *store) missPool(ctx context.Context, loaded <-chan struct{}, etcd etcdF
 }
 
 func (s *store) Close() error {
+	if s.witness != nil {
+		s.witness.Close()
+	}
 	err := s.client.Close()
 	if s.seen != nil {
 		err = errors.Join(err, s.seen.Close())

@@ -71,7 +71,7 @@ func (w *world) begin(p alloc.Store, dir, name string) *life {
 	}
 	s.Join("at "+name, w.ask)
 	s.patience = 100 * time.Millisecond
-	w.Cleanup(func() { s.stop(); _ = file.Close() })
+	w.Cleanup(func() { s.Close(); _ = file.Close() })
 	l := &life{s, alloc.NewService(s, nil), file}
 	w.mu.Lock()
 	w.at["at "+name] = l
@@ -82,8 +82,9 @@ func (w *world) begin(p alloc.Store, dir, name string) *life {
 // ends makes a server one that nobody hears.
 func (w *world) ends(l *life) {
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	delete(w.at, l.address)
+	w.mu.Unlock()
+	l.Store.Close()
 	_ = l.file.Close()
 }
 

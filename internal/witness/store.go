@@ -116,8 +116,6 @@ const verifyEvery = time.Second
 // writes whether that store is sound; it goes on asking while that is not known, and writes down what watches
 // deliver.
 func (s *Store) Run(ctx context.Context) {
-	stopped := context.AfterFunc(ctx, s.stop)
-	defer stopped()
 	t := time.NewTicker(verifyEvery)
 	defer t.Stop()
 	var keep <-chan time.Time
@@ -133,14 +131,20 @@ func (s *Store) Run(ctx context.Context) {
 			keep = nil
 			s.keepWatched()
 		case <-ctx.Done():
-			s.mu.Lock()
-			v := s.under
-			s.mu.Unlock()
-			if v != nil {
-				<-v.done
-			}
 			return
 		}
+	}
+}
+
+// Close ends what is under way of verifications, and begins no more: the file can be closed then. What was
+// verified stays so.
+func (s *Store) Close() {
+	s.stop()
+	s.mu.Lock()
+	v := s.under
+	s.mu.Unlock()
+	if v != nil {
+		<-v.done
 	}
 }
 
@@ -278,6 +282,11 @@ func (s *Store) begins() *verification {
 		return s.under
 	}
 	v, made := &verification{done: make(chan struct{})}, s.made
+	if s.base.Err() != nil {
+		v.err = &alloc.Error{Reason: alloc.ReasonUnavailable, Subject: "server " + s.name, Msg: "it ends; nothing was written", Fix: "ask another server"}
+		close(v.done)
+		return v
+	}
 	s.under = v
 	go func() {
 		ctx, cancel := context.WithTimeout(s.base, verifyWithin)

@@ -118,7 +118,7 @@ func begin(t *testing.T, p alloc.Store, dir, name string) *life {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = file.Close() })
+	t.Cleanup(func() { s.Close(); _ = file.Close() })
 	return &life{s, alloc.NewService(s, nil), file}
 }
 
@@ -400,12 +400,12 @@ func TestService(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { _ = file.Close() })
 		s, err := New(mem, "s1", file, slog.New(slog.NewTextHandler(io.Discard, nil)),
 			func() time.Time { return time.Date(2026, 2, 3, 4, 5, 10, 0, time.UTC) }) // a moment after the suite's pools are made
 		if err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { s.Close(); _ = file.Close() })
 		return planted{s, mem}
 	})
 }
