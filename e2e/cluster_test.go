@@ -17,6 +17,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 
 	"github.com/nsalloc/nsalloc/pkg/client"
 )
@@ -242,6 +243,8 @@ func (c *cluster) answers(url string) func(context.Context) error {
 func (c *cluster) client(urls ...string) (*clientv3.Client, error) {
 	return clientv3.New(clientv3.Config{Endpoints: urls, Logger: zap.NewNop(), DialOptions: []grpc.DialOption{
 		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) { return c.o.dial(ctx, "tcp", address) }),
+		// It is to be noticed at once that a member is back.
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1.2, MaxDelay: 50 * time.Millisecond}, MinConnectTimeout: time.Second}),
 	}})
 }
 
