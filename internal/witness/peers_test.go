@@ -388,6 +388,35 @@ func TestNewServer(t *testing.T) {
 	}
 }
 
+// lazy is a store whose connection is made by the first read.
+type lazy struct {
+	alloc.Store
+	connect func()
+}
+
+func (l *lazy) Get(ctx context.Context, keys ...alloc.Key) ([]alloc.Entry, alloc.Revision, error) {
+	if l.connect != nil {
+		l.connect()
+		l.connect = nil
+	}
+	return l.Store.Get(ctx, keys...)
+}
+
+// TestConnectedByLook: a server connects when it looks at its store for the first time. It asks the others once after
+// that, and where none is heard takes one generation; the next would have to wait for minutes.
+func TestConnectedByLook(t *testing.T) {
+	w, x := newWorld(t, alloc.UnheardNewGeneration), issued{}
+	gone := w.begin(w.p, t.TempDir(), "gone")
+	x.take(t, gone, 1)
+	w.ends(gone)
+	store := &lazy{Store: w.p}
+	fresh := w.begin(store, t.TempDir(), "fresh")
+	store.connect = fresh.Connected
+	fresh.looks()
+	x.take(t, fresh, 1)
+	w.open(2)
+}
+
 // TestAskedMeanwhile: what a server has under way when it is asked is an unknown outcome: the asker was told of a
 // store without it.
 func TestAskedMeanwhile(t *testing.T) {
