@@ -70,7 +70,7 @@ var (
 )
 
 // everyRunRollback selects what every test run has.
-const everyRunRollback = `^bumped$`
+const everyRunRollback = `^(bumped|plain, fresh)$`
 
 // TestRollback: an etcd is put back to a snapshot from before serials were answered and sandboxes registered,
 // while callers go on asking. No serial is acknowledged twice, no committed namespace gets another, the sandboxes
