@@ -41,6 +41,7 @@ type options struct {
 	rounds int
 	warm   time.Duration
 	time   time.Duration // that a row is measured for in a round
+	most   time.Duration // that the rounds may take; the last ones are left out
 	dir    string        // on the disk that is measured
 	server string        // nsalloc-server
 	out    string        // "" writes nothing
@@ -56,6 +57,7 @@ func main() {
 	rows := flag.String("rows", ".", "measure only the rows whose names match this `REGEXP`; -list prints them")
 	list := flag.Bool("list", false, "print the names of the rows and end")
 	flag.IntVar(&o.rounds, "rounds", 5, "how often each row is measured")
+	flag.DurationVar(&o.most, "most", 3*time.Minute+30*time.Second, "begin no round that would probably end later than that")
 	flag.DurationVar(&o.time, "time", 500*time.Millisecond, "how long it is measured each time")
 	flag.DurationVar(&o.warm, "warm", 250*time.Millisecond, "how long its callers ask before that")
 	flag.StringVar(&o.dir, "dir", "/var/tmp", "`DIR` for the data of all servers, on a real disk")
@@ -65,7 +67,7 @@ func main() {
 	flag.Parse()
 	var err error
 	if o.match, err = regexp.Compile(*rows); err != nil || flag.NArg() > 0 || o.rounds < 1 || o.time <= 0 || o.warm < 0 {
-		fmt.Fprintln(os.Stderr, "usage: bench [-rows REGEXP] [-rounds N] [-time D] [-warm D] [-dir DIR] [-server FILE] [-out DIR]:", err)
+		fmt.Fprintln(os.Stderr, "usage: bench [-rows REGEXP] [-rounds N] [-most D] [-time D] [-warm D] [-dir DIR] [-server FILE] [-out DIR]:", err)
 		os.Exit(2)
 	}
 	if *list {
@@ -123,6 +125,10 @@ func run(ctx context.Context, o options) (res *results, err error) {
 	res.missing, res.notes = s.missing, s.versions()
 	began := time.Now()
 	for round := range o.rounds {
+		if spent := time.Since(began); round > 0 && o.most > 0 && spent+spent/time.Duration(round) > o.most {
+			fmt.Fprintf(os.Stderr, "bench: %d rounds are left out, they would take longer than %s\n", o.rounds-round, o.most)
+			break
+		}
 		for i := range res.rows {
 			r := res.rows[(i+round*len(res.rows)/o.rounds)%len(res.rows)]
 			if _, ok := s.missing[r.on]; ok {
@@ -137,6 +143,7 @@ func run(ctx context.Context, o options) (res *results, err error) {
 			}
 			res.trials[r.name()] = append(res.trials[r.name()], t)
 		}
+		res.rounds = round + 1
 		fmt.Fprintf(os.Stderr, "bench: round %d of %d, %s\n", round+1, o.rounds, time.Since(began).Round(time.Second))
 	}
 	res.took = time.Since(began)

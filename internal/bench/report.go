@@ -16,6 +16,7 @@ type results struct {
 	trials  map[string][]trial // by row, one a round
 	missing map[string]string  // systems, and why
 	notes   []string           // versions of what ran
+	rounds  int                // that were measured
 	took    time.Duration
 }
 
@@ -84,7 +85,7 @@ func (res *results) markdown() string {
 	fmt.Fprintf(&b, "# Benchmarks\n\n")
 	fmt.Fprintf(&b, "From `make bench`: %d rounds of %s for each row, each after a warm-up of %s, %s in all. The middle of the rounds,\n"+
 		"and their least and most. Client and servers share one machine: %s. Read ratios, not figures.\n\n",
-		res.o.rounds, res.o.time, res.o.warm, res.took.Round(time.Second), machine())
+		res.rounds, res.o.time, res.o.warm, res.took.Round(time.Second), machine())
 	fmt.Fprintf(&b, "![ids a second, logarithmic; nsalloc is blue](%s)\n", chartName)
 	res.table(&b)
 	res.targets(&b)
