@@ -48,6 +48,10 @@ var mutations = []mutation{
 	{"reused request id answered for another body", domain + "/request.go", "	if a != b {", "	if false {", domain, "TestService/Allocate"},
 	{"a forgotten request is taken for a new one", domain + "/request.go", "if id <= l.Forgotten {", "if false {", domain, "TestService/ForgottenRequests"},
 	{"serials spent before are spent again", domain + "/change.go", "	if !ok {\n		return &Error{Reason: ReasonRange", "	if !ok && false {\n		return &Error{Reason: ReasonRange", domain, "TestService/Register"},
+	{"an agent that is fenced again goes on", agent + "/fenced.go", "	alive = f.contended || !f.last.IsZero() && now.Sub(f.last) < fenceWindow\n", "	alive = false\n", agent, "TestTwins"},
+	{"a copy of the very life is not found out", agent + "/fenced.go", "	return !r.unsure &&", "	return false && !r.unsure &&", agent, "TestTwins"},
+	{"an agent that is alone stands down", agent + "/fenced.go", "	alive = f.contended || !f.last.IsZero() && now.Sub(f.last) < fenceWindow\n", "	alive = true\n", agent, "TestFencedAlone"},
+	{"a host that is down takes the place of one that is alive", agent + "/fenced.go", "if f.looked == host.Incarnation && f.hello.Equal(host.Hello) {", "if f.looked == host.Incarnation {", agent, "TestTwinGone"},
 	{"a host's quota is not heeded", domain + "/quota.go", "limited && (n > most || q.Used > most-n)", "limited && false", domain, "TestService/HostQuota"},
 	{"a new life begins a new quota", domain + "/hosts.go", "host.Nonce, host.Granted = cmd.Nonce, nil", "host.Nonce, host.Granted, host.Quota = cmd.Nonce, nil, Quota{}", domain, "TestService/HostQuota"},
 
