@@ -179,7 +179,12 @@ func TestTwinGone(t *testing.T) {
 	b.startOnly()
 	up, down := fight(t, a, b)
 	life := hostRecord(t, up).Incarnation
-	down.logged("this agent is down still") // it has looked
+	down.eventually("it has looked twice", func() error {
+		if n := strings.Count(down.logs.String(), "this agent is down still"); n < 2 {
+			return fmt.Errorf("%d times", n)
+		}
+		return nil
+	})
 	if now := hostRecord(t, up).Incarnation; now != life {
 		t.Errorf("life %s, then %s", life, now)
 	}
@@ -199,10 +204,8 @@ func TestTwinGone(t *testing.T) {
 	down.consistent()
 }
 
-// TestFencedAlone: an agent that is alone and was fenced, because what it knows was put back, is at work again at once;
-// so is one whose life was replaced while it was idle.
+// TestFencedAlone: an agent that is alone and was fenced, because what it knows was put back, is at work again at once.
 func TestFencedAlone(t *testing.T) {
-	quick(t, time.Hour)
 	h := newHost(t)
 	tree := container(t, containerFlags)
 	before := serialsOf(h.serials(tree.pid))
@@ -211,6 +214,7 @@ func TestFencedAlone(t *testing.T) {
 	if _, _, err := h.pool.Hello(t.Context(), alloc.HelloCommand{Host: "a", BootID: h.bootID(), Nonce: newNonce()}); err != nil {
 		t.Fatal(err)
 	}
+	h.serials(container(t, containerFlags).pid) // to number it finds out
 	h.eventually("it is at work in a life of its own", func() error {
 		if got := h.registrar.life.Load(); got < life+2 {
 			return fmt.Errorf("life %d", got)
