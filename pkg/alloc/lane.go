@@ -61,6 +61,9 @@ type lane struct {
 // Guards exclude that two tries both take effect: both compare the lane's record and change it, and each
 // compares the absence of its calls' request records. A try after a lost one reads first, and finds those
 // records or a value on which the lost one takes effect no more.
+//
+// One record for a whole batch would cost a tenth of the bytes, and 6% less processor time a call; but two servers
+// that have the same request in different batches would then write no key in common, and both take effect.
 func (l *lane) try(ctx context.Context, s *Service, c *calls) (bool, error) {
 	if !l.known {
 		if err := l.look(ctx, s, c); err != nil {
