@@ -142,8 +142,10 @@ func (c config) check() error {
 		}
 	}
 	if c.advertise != "" {
-		if _, err := parseAddress(c.advertise, true); err != nil {
+		if a, err := parseAddress(c.advertise, true); err != nil {
 			return usage("--advertise: %w", err)
+		} else if a.path == "" && a.host == "" {
+			return usage("--advertise %s has no host: other servers would reach themselves", c.advertise)
 		}
 		if err := alloc.ValidateAddress(c.advertise); err != nil {
 			return usage("--advertise: %w", err)

@@ -202,6 +202,9 @@ func TestUnheard(t *testing.T) {
 			busy := w.begin(w.p, dir, "busy")
 			x.take(t, busy, 10)
 			w.open(2) // it follows
+			w.ends(busy)
+			busy = w.begin(w.p, dir, "busy")
+			x.take(t, busy, 10)
 			// One that is gone for long keeps the next connection waiting, and not for ever.
 			w.ends(busy)
 			idle.Connected()

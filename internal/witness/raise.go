@@ -21,7 +21,7 @@ import (
 // go on until then.
 
 // act does what the others' answers ask for while the pool is open. again as in verifyOnce.
-func (s *Store) act(ctx context.Context, l look, seen Seen, f findings, due Due, connected uint64) (again bool, err error) {
+func (s *Store) act(ctx context.Context, l look, seen Seen, f findings, due Due) (again bool, err error) {
 	switch {
 	case f.behind != "":
 		_, err := s.close(ctx, l, max(seen.Generation, f.generation)+1, "the store has lost history: "+f.behind)
@@ -43,12 +43,12 @@ func (s *Store) act(ctx context.Context, l look, seen Seen, f findings, due Due,
 	default:
 		return false, nil
 	}
-	return s.raise(ctx, l, max(seen.Generation, f.generation, l.pool.Generation)+1, why, fix, connected)
+	return s.raise(ctx, l, max(seen.Generation, f.generation, l.pool.Generation)+1, why, fix)
 }
 
 // recover opens a pool that was closed because its store has lost history. Whoever has asked all others takes the
 // next generation; of several one wins, and the rest follow it.
-func (s *Store) recover(ctx context.Context, l look, seen Seen, connected uint64, why string) (again bool, err error) {
+func (s *Store) recover(ctx context.Context, l look, seen Seen, why string) (again bool, err error) {
 	const fix = "put back a newer snapshot of the etcd"
 	if err := s.tooSoon(l, why, fix); err != nil {
 		return false, err // and there is no need to ask
@@ -66,7 +66,7 @@ func (s *Store) recover(ctx context.Context, l look, seen Seen, connected uint64
 	if f.waits(l.pool.Policy) {
 		return false, s.wait(f)
 	}
-	return s.raise(ctx, l, max(seen.Generation, f.generation, l.pool.Generation, max(l.pool.Target, 1)-1)+1, why, fix, connected)
+	return s.raise(ctx, l, max(seen.Generation, f.generation, l.pool.Generation, max(l.pool.Target, 1)-1)+1, why, fix)
 }
 
 // waits reports whether the policy has this server wait for one that was not heard.
@@ -93,7 +93,7 @@ func (s *Store) mayRaise(at time.Time) {
 // raise takes a generation, unless that is up to an operator. again as in verifyOnce.
 //
 // If the process dies after the commit, the pool is open and says when it was raised; the next start follows it.
-func (s *Store) raise(ctx context.Context, l look, to alloc.Generation, why, fix string, connected uint64) (again bool, err error) {
+func (s *Store) raise(ctx context.Context, l look, to alloc.Generation, why, fix string) (again bool, err error) {
 	if err := s.tooSoon(l, why, fix); err != nil {
 		return false, err
 	}
@@ -105,6 +105,9 @@ func (s *Store) raise(ctx context.Context, l look, to alloc.Generation, why, fix
 	if err != nil {
 		return false, err
 	}
+	s.mu.Lock()
+	s.taking = tx.Put[0].(*alloc.Pool).Nonce
+	s.mu.Unlock()
 	_, err = s.Store.Commit(ctx, tx)
 	switch alloc.ReasonOf(err) {
 	case alloc.ReasonConflict, alloc.ReasonUnknownOutcome:
@@ -119,7 +122,6 @@ func (s *Store) raise(ctx context.Context, l look, to alloc.Generation, why, fix
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.heard = connected
 	s.standing.Raised++
 	return true, nil
 }

@@ -189,6 +189,31 @@ func TestRemovedComesBack(t *testing.T) {
 	w.open(2)
 }
 
+// TestConnectedWhileRaising: a connection that is made while a generation is taken is covered by it: it needs no other
+// one, which would have to wait for minutes.
+func TestConnectedWhileRaising(t *testing.T) {
+	w, x := newWorld(t, alloc.UnheardNewGeneration), issued{}
+	gone, stays := w.begin(w.p, t.TempDir(), "gone"), w.begin(w.p, t.TempDir(), "stays")
+	x.take(t, gone, 1)
+	x.take(t, stays, 1)
+	w.ends(gone)
+	var once sync.Once
+	w.p.afterCommit(func(tx alloc.Tx) {
+		for _, rec := range tx.Put {
+			if p, ok := rec.(*alloc.Pool); ok && p.Generation == 2 {
+				once.Do(stays.Connected)
+			}
+		}
+	})
+	stays.Connected()
+	stays.looks()
+	x.take(t, stays, 1)
+	w.open(2)
+	// The next one is not: the store may have been put back since.
+	stays.Connected()
+	w.refused(stays, "nsalloc server remove gone")
+}
+
 // TestFewGenerations: with few generations left only an operator takes one.
 func TestFewGenerations(t *testing.T) {
 	w, x := newWorld(t, alloc.UnheardWait), issued{}

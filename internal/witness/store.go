@@ -41,6 +41,7 @@ type Store struct {
 	verified  uint64        // guarded by mu: what made was when the store was found sound
 	heard     uint64        // guarded by mu: what connected was when all others were heard
 	nonce     string        // guarded by mu: of the pool that was found sound
+	taking    string        // guarded by mu: of the generation that this server has taken, until it is found sound
 	under     *verification // guarded by mu: the one under way, if any
 	trouble   error         // guarded by mu: why the last verification failed; nil when it did not
 	troubled  uint64        // guarded by mu: what made was when that one began

@@ -81,13 +81,20 @@ func (s *Store) verifyOnce(ctx context.Context) (again bool, err error) {
 		if why == "" {
 			why = "another server, or a host, has seen what it has not"
 		}
-		return s.recover(ctx, l, seen, connected, "the pool is recovering, its store has lost history: "+why)
+		return s.recover(ctx, l, seen, "the pool is recovering, its store has lost history: "+why)
 	}
 
 	due := seen.Due
 	if verdict == Recovered {
 		due = DueNothing // a generation that nobody issued in whom this server had been
 	}
+	s.mu.Lock()
+	if s.taking != "" && s.taking == l.pool.Nonce {
+		// The generation is this server's own: whatever the others have seen was of earlier ones, and this look
+		// is at a store that has it. So no connection of before it needs to be asked about.
+		heard = connected
+	}
+	s.mu.Unlock()
 	others := seen.others(l.servers)
 	ask := (heard != connected || due != DueNothing) && len(others) > 0
 	nonce := newNonce()
@@ -105,7 +112,7 @@ func (s *Store) verifyOnce(ctx context.Context) (again bool, err error) {
 		if err != nil {
 			return false, err
 		}
-		if again, err := s.act(ctx, l, seen, f, due, connected); err != nil || again {
+		if again, err := s.act(ctx, l, seen, f, due); err != nil || again {
 			return again, err
 		}
 	}
@@ -119,7 +126,7 @@ func (s *Store) verifyOnce(ctx context.Context) (again bool, err error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.verified, s.heard, s.nonce, s.said = made, connected, l.pool.Nonce, ""
+	s.verified, s.heard, s.nonce, s.said, s.taking = made, connected, l.pool.Nonce, "", ""
 	return false, nil
 }
 
