@@ -5,6 +5,7 @@ const (
 	agent      = "internal/agent"
 	etcd       = "internal/etcdstore"
 	serverTest = "internal/server"
+	witnesses  = "internal/witness"
 )
 
 // panicking says with what the code panics, of mutations of which that is the true symptom: no test could
@@ -66,6 +67,16 @@ var mutations = []mutation{
 	{"a checkpoint leaves before its sandbox has forgotten it", domain + "/mendplan.go", "	return append(moves, r.broken(key)...), append(serials, r.named(key)...), nil", "	slices.Reverse(moves)\n	return append(moves, r.broken(key)...), append(serials, r.named(key)...), nil", etcd, "TestMendLargest/checkpoint"},
 	{"what is parted with is not compared", domain + "/part.go", "if b.Type != was.Type || b.Kernel != was.Kernel {", "if false {", domain, "TestService/RegisterParts"},
 	{"images from before a part are the sandbox's", domain + "/part.go", "		sb.Checkpoint, sb.Claim = 0, nil\n", "", domain, "TestService/PartsFromCopies"},
+
+	// What servers ask each other when a store may have forgotten.
+	{"a server asks no other one", witnesses + "/verify.go", "ask := (heard != connected || due != DueNothing) && len(others) > 0", "ask := heard != connected && false", witnesses, "TestIdleServer"},
+	{"a server asks those alone that the store lists", witnesses + "/witness.go", "		all[name] = seen\n", "", witnesses, "TestUnheard"},
+	{"a server that is not heard is not missed", witnesses + "/raise.go", "	case len(f.unheard) > 0:", "	case false:", witnesses, "TestUnheard"},
+	{"who is asked keeps what it has under way", witnesses + "/ask.go", "	s.doubt()\n	seen := s.file.Seen()", "	seen := s.file.Seen()", witnesses, "TestAskedMeanwhile"},
+	{"who is asked does not look whose store it is", witnesses + "/ask.go", "pool.UUID == q.Pool && rec.Asked == q.Nonce", "pool.UUID == q.Pool", witnesses, "TestAnotherStore"},
+	{"a server without a witness trusts its store", witnesses + "/verify.go", "		due = DueGeneration\n", "		due = DueNothing\n", witnesses, "TestNewServer"},
+	{"generations are taken one after the other", witnesses + "/raise.go", "	if !at.After(now) {", "	if true {", witnesses, "TestPutBack"},
+	{"a connection from while a generation was taken needs another one", witnesses + "/verify.go", "		heard = connected\n", "", witnesses, "TestConnectedWhileRaising"},
 
 	// What is read.
 	{"a history is read at two revisions", domain + "/history.go", "KindStint, from, limit, at)", "KindStint, from, limit, 0)", domain, "TestHistoryWhileItMoves"},
