@@ -46,7 +46,7 @@ var reserved = []struct {
 }{
 	{"cmd/...", nil, true,
 		"commands tie everything together; nothing below them knows that they exist"},
-	{"internal/killpoint", []string{"cmd/nsalloc-hook", "internal/server", "internal/agent", "internal/testpool", "pkg/criuhook", "e2e"}, true,
+	{"internal/killpoint", []string{"cmd/nsalloc-hook", "internal/server", "internal/witness", "internal/agent", "internal/testpool", "pkg/criuhook", "e2e"}, true,
 		"only what writes or answers can be ended by a test; without the tag it is nothing, so that pkg/criuhook may import it"},
 	{"internal/...", []string{"cmd/...", "e2e/...", "pkg/criuhook"}, false,
 		"direction is cmd -> internal -> pkg; programs of others import pkg and must not drag the service in"},

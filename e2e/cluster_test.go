@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -246,6 +247,20 @@ func (c *cluster) client(urls ...string) (*clientv3.Client, error) {
 		// It is to be noticed at once that a member is back.
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1.2, MaxDelay: 50 * time.Millisecond}, MinConnectTimeout: time.Second}),
 	}})
+}
+
+// remove takes a server that is gone for good out of the pool, through another.
+func (c *cluster) remove(through, gone int) {
+	c.t.Helper()
+	found, err := c.dial(through, "").Servers(c.t.Context())
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	i := slices.IndexFunc(found, func(s client.ServerStatus) bool { return s.Address == c.address(gone) })
+	if i < 0 {
+		c.t.Fatalf("server %d is not listed: %+v", gone, found)
+	}
+	c.run("--server", c.address(through), "server", "remove", found[i].Name)
 }
 
 // serves waits until a server answers from the store.

@@ -164,20 +164,12 @@ func TestServerDirectoryCopied(t *testing.T) {
 	r := newTrial(newCluster(t, 1))
 	s := r.servers[0]
 	// another is the same server with another directory, and the address of server 1.
-	gone := ""
+	removed := false
 	another := func(dir string) *program {
 		r.servers[1].kill()
-		if gone == "" { // it does not come back, and would be missed
-			found, err := r.dial(0, "").Servers(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, known := range found {
-				if known.Address == r.address(1) {
-					gone = known.Name
-				}
-			}
-			r.run("--server", r.address(0), "server", "remove", gone)
+		if !removed { // it does not come back, and would be missed
+			r.remove(0, 1)
+			removed = true
 		}
 		args := slices.Clone(s.args)
 		args[slices.Index(args, "--listen")+1] = r.address(1)

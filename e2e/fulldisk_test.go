@@ -294,6 +294,7 @@ func TestWitnessDiskFull(t *testing.T) {
 	r := newTrial(newCluster(t, 1))
 	s := r.servers[0]
 	s.kill()
+	r.remove(1, 0)                                                          // what comes in its place has another directory
 	s.args = append(s.args[:len(s.args):len(s.args)], "--data-dir", d.path) // the last one holds
 	d.fill()
 	if err := s.start(); err != nil {

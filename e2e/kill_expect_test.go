@@ -31,6 +31,9 @@ var expected = []struct{ cells, verdict string }{
 	{`^agent/Release/sending target bound-orphan$`, overOnB}, // a dead tree does not say that it never ran
 	{`^(agent|server)/Release/.* bound-orphan$`, transit},
 
+	// What a server writes of its own is nobody's answer.
+	{`^server/(witness|life|close|generation)/`, onA},
+
 	// A server's answer is late, and its callers ask again.
 	{`^server/(Allocate|Mend|SetPolicy|Remove|Waive|Hello|Grant|Register|RegisterAgain)/`, onA},
 	{`^server/End/`, `ended`},

@@ -31,6 +31,9 @@ type journey struct {
 	holds func(*cellRun) error
 	// ends: the operation is the container's end, and nothing is to be continued.
 	ends bool
+	// last: its pool has taken a generation by itself, and takes no other one for minutes: the next cell gets a pool
+	// of its own.
+	last bool
 	// clones: the operation restores images of a container that goes on, which gives a clone beside it.
 	clones bool
 }
@@ -117,6 +120,11 @@ var journeys = map[string]journey{
 		prepare: func(c *cellRun) { c.must(c.start()) },
 		op:      (*cellRun).dumpUntaken,
 	},
+	// The server is started again, and a container is born meanwhile.
+	"begin": {op: (*cellRun).beginServer},
+	// The server's etcd is put back to a copy from before the container: the server takes a generation, and the host
+	// registers again what lives on it.
+	"put-back": {prepare: (*cellRun).preparePutBack, op: (*cellRun).putBack, holds: (*cellRun).cameBack, last: true},
 	// The pool cannot be reached: the dump is refused before anything is frozen.
 	"pool-away": {
 		prepare: func(c *cellRun) { c.must(c.start()) },
@@ -194,6 +202,12 @@ var byRPC = map[string][]place{
 	"Claim": onRestore, "Bind": onRestore, "Release": {{"target", "parked"}},
 }
 
+// byServer is where a server writes of its own.
+var byServer = map[string][]place{
+	"witness": {{"server", "allocate"}}, "life": {{"server", "begin"}},
+	"close": {{"server", "put-back"}}, "generation": {{"server", "put-back"}},
+}
+
 // otherWays is where an agent comes to a request, or to a write, by code of its own; names of cells tell which.
 var otherWays = map[string][]place{
 	"Register": {{"source", "part"}}, "Bind": {{"target", "late"}},
@@ -244,7 +258,7 @@ func places(p killpoint.Point) []place {
 		}
 		return at
 	case role == "server":
-		return nil
+		return byServer[what]
 	case what == "pre-dump" && strings.HasPrefix(step, "verdict"):
 		return []place{{"source", "pool-away"}} // only a veto is written there
 	case byRPC[what] != nil:

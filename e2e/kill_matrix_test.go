@@ -26,7 +26,7 @@ const killCells = "NSALLOC_KILL_CELLS"
 
 // allCells is how many cells the matrix has. The test counts them; a point, or a place where one is passed,
 // that goes away is noticed here.
-const allCells = 374
+const allCells = 390
 
 // everyRun is the fixed selection: some of each process, with the store's answers and without.
 const everyRun = `^(` +
@@ -36,6 +36,7 @@ const everyRun = `^(` +
 	`agent/claim/recorded target lost|agent/Claim/received target|agent/Bind/received target|agent/post-restore/answering target|` +
 	`agent/parked/ended target lost|agent/identity/recorded target|agent/new-life/recorded source lost|` +
 	`agent/serials/recorded source born-away|agent/Register/received source part lost|server/Bind/committed server late|agent/Release/received target orphan|` +
+	`server/witness/recording server lost|server/(life|generation)/committed server|` +
 	`hook/post-dump/answered source|hook/post-restore/(asked|answered) target lost` +
 	`)$`
 
@@ -144,7 +145,9 @@ func (m *killMatrix) cell(c cell) {
 			m.rows = append(m.rows, row{c, r.result, t.Failed()})
 			if t.Failed() {
 				t.Log(p.Logs())
-				m.close() // what it left must not disturb the next
+			}
+			if t.Failed() || r.j.last { // what it left must not disturb the next
+				m.close()
 			}
 		}()
 		r.run()

@@ -8,10 +8,11 @@
 // if there is one: it is renamed to p.hit, and the process kills itself. So a test arms a point while the
 // process runs, it strikes once, whoever of several comes first, and p.hit proves that it was reached.
 //
-// Every RPC that writes has its points (internal/server's TestEveryWriteHasPoints). What a server commits of
-// its own has none: the pool's first records are one transaction before it serves anything, so that a server
-// that dies there leaves the whole pool or none, and the next start makes it or finds it; and the sweep of
-// old requests only removes what no answer rests on any more.
+// Every RPC that writes has its points (internal/server's TestEveryWriteHasPoints), and so has what a server writes
+// of its own on its disk and into the pool. Three such commits have none: the pool's first records are one transaction
+// before it serves anything, so that a server that dies there leaves the whole pool or none, and the next start makes
+// it or finds it; the sweep of old requests only removes what no answer rests on any more; and the nonce under which
+// the other servers are asked is of no use to anybody once the asker is dead.
 //
 // Every point is registered here. A test holds that each is used in the code, and the kill matrix
 // (e2e/kill_matrix_test.go) that each has its cells: a point that nobody tests is a failure.
@@ -36,6 +37,18 @@ type Point string
 const (
 	ServerCommitting Point = "server/*/committing"
 	ServerCommitted  Point = "server/*/committed"
+)
+
+// What the server writes of its own.
+const (
+	ServerWitnessRecording     Point = "server/witness/recording" // a page of what it has seen
+	ServerWitnessRecorded      Point = "server/witness/recorded"
+	ServerLifeCommitting       Point = "server/life/committing" // its record in the pool
+	ServerLifeCommitted        Point = "server/life/committed"
+	ServerCloseCommitting      Point = "server/close/committing" // the pool, whose store has lost history
+	ServerCloseCommitted       Point = "server/close/committed"
+	ServerGenerationCommitting Point = "server/generation/committing" // the pool again, open
+	ServerGenerationCommitted  Point = "server/generation/committed"
 )
 
 // The agent's requests to the pool, by RPC: before it is sent, and when it is answered and nothing has
@@ -114,6 +127,10 @@ var registered = []struct {
 	of     []string // nil: it is a point, not a family
 }{
 	{ServerCommitting, rpcs}, {ServerCommitted, rpcs},
+	{ServerWitnessRecording, nil}, {ServerWitnessRecorded, nil},
+	{ServerLifeCommitting, nil}, {ServerLifeCommitted, nil},
+	{ServerCloseCommitting, nil}, {ServerCloseCommitted, nil},
+	{ServerGenerationCommitting, nil}, {ServerGenerationCommitted, nil},
 	{AgentSending, agents}, {AgentReceived, agents},
 	{AgentVerdictRecording, recorded}, {AgentVerdictRecorded, recorded},
 	{AgentAnswering, actions}, {AgentAnswered, actions},

@@ -15,6 +15,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 )
 
 // File is a Seen on disk. It has two pages that are written in turn, each with a number and a checksum, so
@@ -139,12 +141,14 @@ func (w *File) write(seen Seen) error {
 	if w.number < 2 { // the whole page, so that it is there
 		data = append(data, make([]byte, pageSize-len(data))...)
 	}
+	killpoint.At(killpoint.ServerWitnessRecording)
 	if _, err := w.f.WriteAt(data, int64((w.number+1)%2)*pageSize); err != nil {
 		return err
 	}
 	if err := unix.Fdatasync(int(w.f.Fd())); err != nil {
 		return &os.PathError{Op: "fdatasync", Path: w.path, Err: err}
 	}
+	killpoint.At(killpoint.ServerWitnessRecorded)
 	w.number++
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
@@ -108,6 +109,7 @@ func (s *Store) raise(ctx context.Context, l look, to alloc.Generation, why, fix
 	s.mu.Lock()
 	s.taking = tx.Put[0].(*alloc.Pool).Nonce
 	s.mu.Unlock()
+	killpoint.At(killpoint.ServerGenerationCommitting)
 	_, err = s.Store.Commit(ctx, tx)
 	switch alloc.ReasonOf(err) {
 	case alloc.ReasonConflict, alloc.ReasonUnknownOutcome:
@@ -116,6 +118,7 @@ func (s *Store) raise(ctx context.Context, l look, to alloc.Generation, why, fix
 	if err != nil {
 		return false, err
 	}
+	killpoint.At(killpoint.ServerGenerationCommitted)
 	s.log.WarnContext(ctx, "a new generation was taken: "+why, "server", s.name, "generation", to, "before", l.pool.Generation)
 	if err := s.file.Update(func(seen *Seen) { seen.Raised = now }); err != nil {
 		return false, s.unwritable(err)
@@ -180,6 +183,7 @@ func (s *Store) close(ctx context.Context, l look, target alloc.Generation, why 
 	s.log.ErrorContext(ctx, "the pool is closed: "+why, "server", s.name)
 	rec := *l.pool
 	rec.State, rec.Target = alloc.PoolRecovering, max(rec.Target, target)
+	killpoint.At(killpoint.ServerCloseCommitting)
 	_, err = s.Store.Commit(ctx, alloc.Tx{Guards: []alloc.Guard{{Key: rec.Key(), Token: l.entries[0].Token}}, Put: []alloc.Record{&rec}})
 	switch alloc.ReasonOf(err) {
 	case alloc.ReasonConflict, alloc.ReasonUnknownOutcome:
@@ -188,5 +192,6 @@ func (s *Store) close(ctx context.Context, l look, target alloc.Generation, why 
 	if err != nil {
 		return false, s.refuse(why+"; and the pool could not be closed: "+err.Error(), alloc.ReasonRecovering, "see the etcd's logs; this server tries again")
 	}
+	killpoint.At(killpoint.ServerCloseCommitted)
 	return true, nil
 }

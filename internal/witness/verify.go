@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/nsalloc/nsalloc/internal/killpoint"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
@@ -209,6 +210,7 @@ func (s *Store) begin(ctx context.Context, l look, nonce string) error {
 		return &alloc.Error{Reason: alloc.ReasonInvalid, Subject: "server " + s.name, Msg: fmt.Sprintf("the pool has %d servers, and takes no more", len(l.servers)),
 			Fix: "run this one in the place of another, with that one's directory"}
 	}
+	killpoint.At(killpoint.ServerLifeCommitting)
 	_, err := s.Store.Commit(ctx, alloc.Tx{
 		Guards: []alloc.Guard{{Key: alloc.Key{Kind: alloc.KindPool}, Token: l.entries[0].Token}, {Key: life.Key(), Token: l.entries[2].Token}},
 		Put:    []alloc.Record{&life},
@@ -218,6 +220,7 @@ func (s *Store) begin(ctx context.Context, l look, nonce string) error {
 	if err != nil {
 		return notBegun(err)
 	}
+	killpoint.At(killpoint.ServerLifeCommitted)
 	err = s.file.Update(func(seen *Seen) {
 		if seen.Generation < l.pool.Generation {
 			seen.Due = DueNothing // this one it has never issued in
