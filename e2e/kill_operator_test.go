@@ -143,14 +143,16 @@ func (c *cellRun) policySet() error {
 	return nil
 }
 
-// goneServer is one that was never there: the store may have forgotten a server, and others remember it.
-const goneServer = "gone"
-
-func (c *cellRun) prepareUnlist() { c.must(c.start()) }
+// prepareUnlist names a server that was never there: the store may have forgotten one, and others remember it. The
+// cells of one pool each remove another.
+func (c *cellRun) prepareUnlist() {
+	c.must(c.start())
+	c.request = client.NewRequestID()
+}
 
 // unlist removes a server until there is an answer.
 func (c *cellRun) unlist() error {
-	return client.Retry(c.p.ctx(), func(string) error { return c.p.Client().RemoveServer(c.p.ctx(), goneServer, 1, true) })
+	return client.Retry(c.p.ctx(), func(string) error { return c.p.Client().RemoveServer(c.p.ctx(), c.request, 1, true) })
 }
 
 // unlistedOnce: it may be asked for again, and the one server that is there is the one that is listed.
@@ -159,7 +161,7 @@ func (c *cellRun) unlistedOnce() error {
 		return err
 	}
 	found, err := c.p.Client().Servers(c.p.ctx())
-	if err == nil && (len(found) != 1 || found[0].Name == goneServer || !found[0].Answers) {
+	if err == nil && (len(found) != 1 || found[0].Name == c.request || !found[0].Answers) {
 		err = fmt.Errorf("of one server that runs and one that was removed, these are listed: %+v", found)
 	}
 	return err
