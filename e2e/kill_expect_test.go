@@ -45,7 +45,7 @@ var expected = []struct{ cells, verdict string }{
 
 	// What is not of a hand-off.
 	{`^agent/(Hello|Grant|nonce|identity)/.* target$`, anyRestore},
-	{`^agent/(Hello|Grant|Register|nonce|identity)/.* source$`, onA},
+	{`^agent/(Hello|Grant|Register|RegisterAgain|nonce|identity)/.* source$`, onA},
 	{`^agent/Register/.* target$`, onACopy},
 	{`^agent/End/.* source$`, `ended`},
 	{`^agent/End/.* target$`, overOnB},

@@ -78,6 +78,8 @@ var lostFirst = []struct {
 	{` late$`, []string{"Claim"}},
 	{`^agent/Release/received target (bound-)?orphan$`, []string{"Hello", "Release"}},
 	{` (bound-)?orphan$`, []string{"Hello"}},
+	{`^agent/RegisterAgain/received `, []string{"Mend", "RegisterAgain"}},
+	{`RegisterAgain/`, []string{"Mend"}},
 	{`^server/Grant/`, []string{"Hello"}},
 	{`^server/(Confirm|Abort)/`, []string{"Open"}},
 	{`^server/Bind/`, []string{"Claim"}},

@@ -34,6 +34,19 @@
 // what lives under them gets others, each of which is logged. What is committed never changes. Of two agents of one
 // host name that are alive, one goes on (fenced.go).
 //
+// # When the pool's store has forgotten history
+//
+// The pool is in a new generation then, and its records are of a moment that is over. The agent says first what it has
+// (again.go): each sandbox of its book of which something lives, under its serials, in its epoch. Only then it reads the
+// pool's records into its book, which would else forget with the store. Until the last one is said the host is not
+// settled, and an agent that dies begins anew: what it has is in its ledger. A sandbox that is refused has gone on
+// elsewhere; what lives of it here gets fresh serials, and that is logged as an error.
+//
+// What the pool says is here and is not, is not in the book as living, and is ended as soon as the pool lets it: it may
+// be on a host that has not come back yet. A restore that is under way is vetoed, and what it claimed goes back.
+//
+// Each Hello says what the agent has seen of the pool; where the store knows less, the pool closes itself.
+//
 // # What happens when it dies
 //
 // Nothing lives in memory alone that ownership rests on. A new agent says Hello as the same life,
@@ -98,6 +111,7 @@ type Pool interface {
 	Hello(ctx context.Context, cmd alloc.HelloCommand) (*alloc.Host, *alloc.Pool, error)
 	Grant(ctx context.Context, cmd alloc.GrantCommand) (alloc.Ranges, error)
 	Register(ctx context.Context, cmd alloc.RegisterCommand) ([]*alloc.Sandbox, alloc.Ranges, error)
+	RegisterAgain(ctx context.Context, cmd alloc.AgainCommand) ([]alloc.AgainAnswer, error)
 	End(ctx context.Context, cmd alloc.EndCommand) (*alloc.Sandbox, error)
 	Open(ctx context.Context, cmd alloc.OpenCommand) (alloc.Handoff, error)
 	Confirm(ctx context.Context, cmd alloc.ConfirmCommand) (alloc.Handoff, error)

@@ -17,6 +17,9 @@ type book struct {
 	// provisional are the serials, of sandboxes and of bindings, that the pool has not committed. What is in
 	// the book without being here, the pool has.
 	provisional map[alloc.Serial]bool
+	// generation is the pool's when the records were read; 0 for those of the ledger. What is of before and was not
+	// registered again in it is absent: the pool says that it is here, and it is not.
+	generation alloc.Generation
 }
 
 // place is where a live namespace stands.
@@ -43,7 +46,7 @@ func (b *book) set(host string, s *alloc.Sandbox) {
 		return
 	}
 	b.sandboxes[s.Serial] = s
-	if s.State != alloc.StateRunning && s.State != alloc.StateDumped {
+	if s.State != alloc.StateRunning && s.State != alloc.StateDumped || s.Unconfirmed(b.generation) {
 		return
 	}
 	for _, bd := range s.Bindings {
@@ -67,10 +70,11 @@ func (b *book) drop(serial alloc.Serial) {
 	delete(b.sandboxes, serial)
 }
 
-// replace makes the book exactly list, and what is pending, at once: no reader sees a half.
-func (b *book) replace(host string, list []*alloc.Sandbox, pending []entry) {
+// replace makes the book exactly list, of a generation, and what is pending, at once: no reader sees a half.
+func (b *book) replace(host string, list []*alloc.Sandbox, pending []entry, g alloc.Generation) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.generation = g
 	b.sandboxes, b.byKernel, b.provisional = map[alloc.Serial]*alloc.Sandbox{}, map[string]place{}, map[alloc.Serial]bool{}
 	for _, s := range list {
 		b.set(host, s)
@@ -144,6 +148,13 @@ func (b *book) without(entries []entry) {
 			b.set(s.Owner, &s)
 		}
 	}
+}
+
+// isAbsent reports whether the pool says that a sandbox is here, and it is not.
+func (b *book) isAbsent(s *alloc.Sandbox) bool {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	return s.Unconfirmed(b.generation)
 }
 
 // isProvisional reports whether a serial, of a sandbox or of a namespace, is not committed.

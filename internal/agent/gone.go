@@ -25,7 +25,11 @@ func (a *Agent) noteGone(ctx context.Context, procs []kernelns.Process, unseen m
 		}
 		var gone []alloc.Serial
 		alive := 0
-		for _, b := range s.Bindings {
+		bindings := s.Bindings
+		if a.book.isAbsent(s) {
+			bindings = nil // what has their identities now is others'
+		}
+		for _, b := range bindings {
 			switch {
 			case !b.Live():
 			case live[b.Kernel.Key(b.Type)]:
@@ -83,6 +87,9 @@ func (a *Agent) reportGone(ctx context.Context, s *alloc.Sandbox, gone []alloc.S
 		return err
 	}
 	ended, err := a.pool.End(ctx, alloc.EndCommand{Mutation: a.registrar.mutation(), Sandbox: s.Serial, Epoch: s.Epoch})
+	if alloc.ReasonOf(err) == alloc.ReasonSettling {
+		return nil // another host may have it; the next sweep asks again
+	}
 	if err != nil {
 		return a.registrar.failed(err)
 	}

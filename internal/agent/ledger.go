@@ -33,6 +33,9 @@ type ledger struct {
 	// Granted is what the pool said last is left, from the front of which everything is spent. Provisional
 	// and burned serials are in it still.
 	Granted alloc.Ranges `json:"granted,omitempty"`
+	// Seen is what the state has seen of the pool; see alloc.Seen. Its generation is the one in which the sandboxes
+	// below were the pool's.
+	Seen alloc.Seen `json:"seen,omitzero"`
 	// GrantSize is how many serials are asked for at once.
 	GrantSize uint64 `json:"grant_size,omitempty"`
 	// Burned are serials in Granted that are given to nothing.

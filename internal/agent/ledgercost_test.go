@@ -38,7 +38,7 @@ func BenchmarkLedger(b *testing.B) {
 			for range n {
 				all = append(all, fresh())
 			}
-			a.book.replace("a", all, nil)
+			a.book.replace("a", all, nil, 0)
 			if err := r.save(nil); err != nil {
 				b.Fatal(err)
 			}

@@ -57,7 +57,7 @@ func (a *Agent) mayBeOrphan(s *alloc.Sandbox) bool {
 		return !a.runs.holds(s.Serial)
 	case alloc.StateRunning:
 		_, ok := a.restoreOf(s)
-		return ok && a.ran[s.Serial] != s.Epoch && !a.runs.holds(s.Serial)
+		return ok && a.ran[s.Serial] != s.Epoch && !a.runs.holds(s.Serial) && !a.book.isAbsent(s)
 	}
 	return false
 }
@@ -77,7 +77,7 @@ func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
 	case alloc.StateDumped:
 		zero := a.runs.gaveZero(s.Checkpoint)
 		var h alloc.Handoff
-		if a.anyAlive(s) {
+		if !a.book.isAbsent(s) && a.anyAlive(s) {
 			h, err = a.pool.Abort(ctx, alloc.AbortCommand{Mutation: m, Sandbox: s.Serial, Epoch: s.Epoch, Checkpoint: s.Checkpoint, ZeroGiven: zero})
 		} else {
 			evidence := alloc.InDoubt

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"testing"
 
@@ -156,6 +157,15 @@ func (p *testPool) Register(ctx context.Context, cmd alloc.RegisterCommand) (lis
 	return list, left, err
 }
 
+func (p *testPool) RegisterAgain(ctx context.Context, cmd alloc.AgainCommand) (answers []alloc.AgainAnswer, err error) {
+	err = p.call(ctx, "RegisterAgain", func(id string) error {
+		cmd.RequestID = id
+		answers, err = p.svc.RegisterAgain(ctx, cmd)
+		return err
+	})
+	return answers, err
+}
+
 func (p *testPool) End(ctx context.Context, cmd alloc.EndCommand) (s *alloc.Sandbox, err error) {
 	err = p.call(ctx, "End", func(id string) error {
 		cmd.RequestID = id
@@ -302,6 +312,12 @@ func (p *testPool) Sandbox(ctx context.Context, serial alloc.Serial) (*alloc.San
 		return nil, nil, err
 	}
 	s, ok := entries[0].Record.(*alloc.Sandbox)
+	if all, err := p.sandboxes(ctx); !ok && err == nil { // a namespace's, or a parted one's
+		i := slices.IndexFunc(all, func(s *alloc.Sandbox) bool { _, ok = s.Binding(serial); return ok })
+		if ok {
+			s = all[i]
+		}
+	}
 	if !ok {
 		return nil, nil, alloc.ErrSandboxNotFound
 	}

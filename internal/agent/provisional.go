@@ -49,7 +49,7 @@ func (r *registrar) load() error {
 		return err
 	}
 	s.keptLedger = kept
-	r.pending, r.grants.n = l.Pending, l.GrantSize
+	r.pending, r.grants.n, r.seen, r.known = l.Pending, l.GrantSize, l.Seen, true
 	for _, serial := range l.Burned {
 		r.burn(serial)
 	}
@@ -63,7 +63,7 @@ func (r *registrar) load() error {
 		r.a.log.Warn("the record of the serials that were given is of another life; what is left of this host's ranges is burned", "file", ledgerFile)
 		r.newLife()
 	}
-	r.a.book.replace(r.a.cfg.Host, known, r.pending)
+	r.a.book.replace(r.a.cfg.Host, known, r.pending, 0)
 	r.count()
 	return nil
 }
@@ -95,7 +95,7 @@ func (r *registrar) save(pending []entry) error {
 	if r.id.Incarnation == 0 {
 		return nil // nothing was ever granted
 	}
-	l := ledger{Pool: r.id.Pool, Incarnation: r.id.Incarnation, Nonce: r.id.Nonce, Granted: r.ranges, GrantSize: r.grants.n, Pending: pending}
+	l := ledger{Pool: r.id.Pool, Incarnation: r.id.Incarnation, Nonce: r.id.Nonce, Granted: r.ranges, Seen: r.seen, GrantSize: r.grants.n, Pending: pending}
 	for s := range r.burned {
 		if r.ranges.Contains(s) {
 			l.Burned = append(l.Burned, s)
@@ -104,7 +104,7 @@ func (r *registrar) save(pending []entry) error {
 	slices.Sort(l.Burned)
 	raw := map[*alloc.Sandbox]json.RawMessage{}
 	for _, s := range r.a.book.all() {
-		if r.a.book.isProvisional(s.Serial) {
+		if r.a.book.isProvisional(s.Serial) || r.a.book.isAbsent(s) {
 			continue
 		}
 		sandbox, ok := r.disk.raw[s]
@@ -397,7 +397,7 @@ func (r *registrar) forgetReplaced() {
 func (r *registrar) sayReplaced(adds []alloc.Binding) {
 	for _, b := range adds {
 		if old, ok := r.replaced[b.Kernel.Key(b.Type)]; ok && old != b.Serial {
-			r.a.log.Warn("a provisional serial was replaced", "type", b.Type, "was", old, "is", b.Serial)
+			r.a.log.Warn("a serial was replaced", "type", b.Type, "was", old, "is", b.Serial)
 			delete(r.replaced, b.Kernel.Key(b.Type))
 		}
 	}

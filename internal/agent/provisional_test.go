@@ -359,7 +359,7 @@ func TestRangesLostAway(t *testing.T) {
 				t.Errorf("%v, %v", s, err)
 			}
 			h.logged("provisional serials are void")
-			h.logged("a provisional serial was replaced")
+			h.logged("a serial was replaced")
 			h.consistent()
 		})
 	}

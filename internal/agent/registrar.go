@@ -35,12 +35,16 @@ type registrar struct {
 	// granting says that a range is asked for without the turn. By whoever holds turn.
 	unsure   bool
 	granting bool
-	joins    int           // how often the pool's records were read; by whoever holds turn
-	grants   pace          // how much to ask for; by whoever holds turn
-	low      chan struct{} // asks for a range; holds one
-	disk     onDisk        // by whoever holds turn
-	stale    atomic.Bool   // the pool's records must be read anew before anything is spent
-	usable   atomic.Bool   // the ranges are this life's: provisional serials can be given from them
+	// seen is what this state has seen of the pool, for Hello, and known that the book is what this host has, from
+	// the ledger or because it was read since; by whoever holds turn.
+	seen   alloc.Seen
+	known  bool
+	joins  int           // how often the pool's records were read; by whoever holds turn
+	grants pace          // how much to ask for; by whoever holds turn
+	low    chan struct{} // asks for a range; holds one
+	disk   onDisk        // by whoever holds turn
+	stale  atomic.Bool   // the pool's records must be read anew before anything is spent
+	usable atomic.Bool   // the ranges are this life's: provisional serials can be given from them
 
 	read        atomic.Pointer[time.Time] // when they were, by a clock that nobody sets; nil before
 	left        atomic.Uint64             // ranges.Count() without what is spent provisionally, for readers
@@ -126,7 +130,7 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 		return err
 	}
 	host, pool, err := a.pool.Hello(ctx, alloc.HelloCommand{
-		Host: a.cfg.Host, BootID: a.bootID(), Incarnation: id.Incarnation, Nonce: id.Nonce, PoolUUID: id.Pool, Labels: r.labels(),
+		Host: a.cfg.Host, BootID: a.bootID(), Incarnation: id.Incarnation, Nonce: id.Nonce, PoolUUID: id.Pool, Labels: r.labels(), Seen: r.seen,
 	})
 	if err != nil {
 		return err
@@ -158,12 +162,13 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 		killpoint.At(killpoint.AgentNewLifeRecorded)
 		return r.joinHeld(ctx) // with a nonce that nobody has a copy of
 	}
-	owned, err := a.pool.Owned(ctx, a.cfg.Host)
+	owned, err := r.owned(ctx, host, pool)
 	if err != nil {
 		return err
 	}
 	a.sayPutAside(ctx, owned)
 	r.id = id
+	r.seen.Generation = pool.Generation
 	r.joins++
 	r.life.Store(uint64(id.Incarnation))
 	r.usable.Store(true)
@@ -175,7 +180,8 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 	}
 	a.poolRec.Store(pool)
 	r.reconcile(owned)
-	a.book.replace(a.cfg.Host, owned, r.pending)
+	a.book.replace(a.cfg.Host, owned, r.pending, pool.Generation)
+	r.known = true
 	r.stale.Store(false)
 	now := time.Now()
 	r.read.Store(&now)
@@ -304,6 +310,7 @@ func (r *registrar) through(s alloc.Serial) (n uint64, found bool) {
 // spent notes what the pool says is left, in its answer to what has changed that: of what was sent before and is not
 // answered nothing comes any more, because it compares what is there no longer.
 func (r *registrar) spent(left alloc.Ranges) {
+	r.sees(left)
 	r.ranges, r.unsure = left, false
 	r.disk.changed = true
 	r.count()
@@ -317,7 +324,7 @@ func (r *registrar) failed(err error) error {
 	reason := alloc.ReasonOf(err)
 	switch reason {
 	case alloc.ReasonUnavailable, alloc.ReasonRecovering, alloc.ReasonConflict, alloc.ReasonExhausted, alloc.ReasonTooLarge,
-		alloc.ReasonInvalid, alloc.ReasonNotConfirmed, alloc.ReasonClaimed, alloc.ReasonManifest, alloc.ReasonVoid, alloc.ReasonRefused,
+		alloc.ReasonInvalid, alloc.ReasonSettling, alloc.ReasonNotConfirmed, alloc.ReasonClaimed, alloc.ReasonManifest, alloc.ReasonVoid, alloc.ReasonRefused,
 		alloc.ReasonCheckpointNotFound:
 		// Nothing was changed: what we know still holds.
 		return err

@@ -65,6 +65,14 @@ func (r *Remote) Register(ctx context.Context, cmd alloc.RegisterCommand) ([]*al
 	})
 }
 
+// RegisterAgain is alloc.Service.RegisterAgain.
+func (r *Remote) RegisterAgain(ctx context.Context, cmd alloc.AgainCommand) ([]alloc.AgainAnswer, error) {
+	return sent(ctx, "RegisterAgain", func(id string) ([]alloc.AgainAnswer, error) {
+		cmd.RequestID = id
+		return r.c.RegisterAgain(ctx, cmd)
+	})
+}
+
 // End is alloc.Service.End.
 func (r *Remote) End(ctx context.Context, cmd alloc.EndCommand) (*alloc.Sandbox, error) {
 	return sent(ctx, "End", func(id string) (*alloc.Sandbox, error) {

@@ -64,7 +64,7 @@ func (a *Agent) claim(ctx context.Context, n *run, m *criuhook.Manifest, digest 
 			return a.claimed(n, m, answer), nil
 		}
 		e, ok := errors.AsType[*alloc.Error](err)
-		if !ok || e.Reason != alloc.ReasonNotConfirmed && e.Reason != alloc.ReasonClaimed {
+		if !ok || e.Reason != alloc.ReasonNotConfirmed && e.Reason != alloc.ReasonClaimed && e.Reason != alloc.ReasonSettling {
 			return "", err
 		}
 		t := time.NewTimer(max(e.RetryAfter, minClaimPause))

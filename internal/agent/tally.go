@@ -9,8 +9,9 @@ import (
 // either a second, which the log has one by one at level debug.
 //
 // provisional counts namespaces that got a provisional serial, and void those of which it was given up: the
-// first are numbered once more when they are committed.
-type tally struct{ sandboxes, namespaces, ended, provisional, void atomic.Int64 }
+// first are numbered once more when they are committed. lost counts sandboxes that live here and are another
+// host's, or over, by the pool's records.
+type tally struct{ sandboxes, namespaces, ended, provisional, void, lost atomic.Int64 }
 
 func (t *tally) numbered(newSandbox bool, namespaces int) {
 	if newSandbox {
@@ -28,5 +29,8 @@ func (t *tally) tell(log *slog.Logger) {
 	provisional, void := t.provisional.Swap(0), t.void.Swap(0)
 	if provisional+void > 0 {
 		log.Warn("numbered provisionally", "namespaces", provisional, "void", void)
+	}
+	if lost := t.lost.Swap(0); lost > 0 {
+		log.Error("sandboxes that live here have gone on elsewhere, or are over; each is a clone now", "sandboxes", lost)
 	}
 }

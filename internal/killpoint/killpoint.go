@@ -112,7 +112,7 @@ const (
 
 // The names that families are completed with; constants all, so that no initialization is left in a binary.
 var (
-	agents  = []string{"Hello", "Grant", "Register", "End", "Open", "Confirm", "Abort", "Claim", "Bind", "Release"}
+	agents  = []string{"Hello", "Grant", "Register", "RegisterAgain", "End", "Open", "Confirm", "Abort", "Claim", "Bind", "Release"}
 	rpcs    = []string{"Allocate", "Mend", "SetPolicy", "Remove", "Waive", "Hello", "Grant", "Register", "RegisterAgain", "End", "Open", "Confirm", "Abort", "Claim", "Bind", "Release"}
 	actions = []string{"pre-dump", "network-lock", "post-dump", "network-unlock",
 		"pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore", "pre-resume", "post-resume"}

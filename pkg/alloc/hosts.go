@@ -26,6 +26,9 @@ type Seen struct {
 	Generation Generation `json:"generation"`
 	// Highest is the highest serial that the host was ever granted, in any generation; 0 for none.
 	Highest Serial `json:"highest,omitempty"`
+	// Spent is a serial before all that the host had left to spend when it heard last: those up to it, of its
+	// generation, are spent or burned. 0 for none.
+	Spent Serial `json:"spent,omitempty"`
 }
 
 // maxAhead is by how many generations an agent can have seen more than the store, so that one that lies, or
@@ -55,8 +58,8 @@ func (c HelloCommand) validate() error {
 // nothing that it would have to register again. Any other one is as settled as its record says.
 //
 // An agent that has seen more than the store knows shows that the store was put back: a later generation of the
-// pool, a later incarnation of its host in the pool's generation, or a serial of that generation that the counter
-// has not come to. Then the pool is closed (recovering), to be opened in a generation after all that was seen, and
+// pool, a later incarnation of its host in the pool's generation, a serial of that generation that the counter
+// has not come to, or that is spent and stands in the host's ranges. Then the pool is closed (recovering), to be opened in a generation after all that was seen, and
 // the answer is ErrRecovering. That is all that an agent which lies can do by it; servers begin one generation in ten
 // minutes at most by themselves, and a generation that is more than 16 ahead of the pool's is refused as invalid.
 //
@@ -94,7 +97,7 @@ func (s *Service) Hello(ctx context.Context, cmd HelloCommand) (*Host, *Pool, er
 		known, ok := entries[1].Record.(*Host)
 		if !ok {
 			known = &Host{Name: cmd.Host}
-			if cmd.Incarnation == 0 && cmd.Seen.Generation == 0 {
+			if cmd.Incarnation == 0 && cmd.PoolUUID == "" {
 				known.Settled = pool.Generation
 			}
 		}

@@ -247,7 +247,7 @@ func (r all) burn(name string) ([]move, Ranges, error) {
 	key := HostKey(name)
 	if r.why(key).Err != nil {
 		return []move{{key: key, with: func(_ Entry, at Revision) Record {
-			return &Host{Name: name, Nonce: newNonce(), Incarnation: Incarnation(counted(r.Pool.Generation, uint64(at)))}
+			return &Host{Name: name, Nonce: newNonce(), Incarnation: Incarnation(counted(r.Pool.Generation, uint64(at))), Settled: r.Pool.Settled}
 		}}}, nil, nil
 	}
 	for _, h := range r.Hosts {

@@ -3,6 +3,7 @@ package alloc
 import (
 	"context"
 	"fmt"
+	"slices"
 )
 
 // witnessed compares what an agent has seen with pool, host and counter as they were read, and closes the pool
@@ -59,6 +60,8 @@ func (cmd HelloCommand) more(pool *Pool, host *Host, counter *Counter) string {
 		return fmt.Sprintf("the agent of host %s has been in incarnation %s, and the store knows it in incarnation %s", cmd.Host, cmd.Incarnation, life)
 	case seen.Highest.Generation() == pool.Generation && counter != nil && counter.Generation == pool.Generation && seen.Highest.Counter() >= counter.Next:
 		return fmt.Sprintf("host %s was granted serial %s, and the counter is at %x", cmd.Host, seen.Highest, counter.Next)
+	case host != nil && seen.Spent.Generation() == pool.Generation && slices.ContainsFunc(host.Granted.in(pool.Generation), func(r Range) bool { return r.First <= seen.Spent }):
+		return fmt.Sprintf("host %s has spent serial %s, and the store holds it for spending", cmd.Host, seen.Spent)
 	}
 	return ""
 }

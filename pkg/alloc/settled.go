@@ -28,8 +28,12 @@ func (p *Pool) IsSettled() bool { return p.Generation <= 1 || p.Settled >= p.Gen
 
 // Missing reports whether nobody knows if a sandbox still is where its record says: it is of before the pool's
 // generation began, its owner has not said since that it lives there, and another host may yet say that it has it.
-func (p *Pool) Missing(s *Sandbox) bool {
-	return !p.IsSettled() && s.owned() && s.Epoch.Generation() < p.Generation && s.Again < p.Generation
+func (p *Pool) Missing(s *Sandbox) bool { return !p.IsSettled() && s.Unconfirmed(p.Generation) }
+
+// Unconfirmed reports whether a sandbox that has an owner is of before generation g, in which the owner has not said
+// that it lives there. In generation g a host that has said everything does not have it.
+func (s *Sandbox) Unconfirmed(g Generation) bool {
+	return g > 1 && s.owned() && s.Epoch.Generation() < g && s.Again < g
 }
 
 // retrySettling is the pause between two looks at whether the hosts have come.

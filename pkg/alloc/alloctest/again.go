@@ -11,10 +11,44 @@ import (
 // Snapshot is all records of a pool at a moment.
 type Snapshot map[alloc.Key]alloc.Record
 
+// TakeSnapshot takes one of a pool that is quiet, or of a store that reads all at once.
+func TakeSnapshot(t testing.TB, s alloc.Store) Snapshot {
+	t.Helper()
+	return reads(everything(t, s))
+}
+
+// PutBack makes the store what it was, in one transaction where it takes that. With a target the pool is recovering,
+// to be opened in that generation; with 0 nobody has noticed.
+func (then Snapshot) PutBack(t testing.TB, s alloc.Store, target alloc.Generation) {
+	t.Helper()
+	records := maps.Clone(then)
+	if target > 0 {
+		pool := *records[alloc.Key{Kind: alloc.KindPool}].(*alloc.Pool)
+		pool.State, pool.Target = alloc.PoolRecovering, target
+		records[pool.Key()] = &pool
+	}
+	var since []alloc.Key
+	for key := range TakeSnapshot(t, s) {
+		if records[key] == nil {
+			since = append(since, key)
+		}
+	}
+	all := slices.Collect(maps.Values(records))
+	if _, err := s.Commit(t.Context(), alloc.Tx{Put: all, Delete: since}); err == nil {
+		return
+	}
+	for some := range slices.Chunk(since, 100) {
+		commit(t, s, alloc.Tx{Delete: some})
+	}
+	for some := range slices.Chunk(all, 100) {
+		put(t, s, some...)
+	}
+}
+
 // Snapshot takes one.
 func (p *Pool) Snapshot() Snapshot {
 	p.t.Helper()
-	return reads(everything(p.t, p.Store))
+	return TakeSnapshot(p.t, p.Store)
 }
 
 // PutBack makes the store what it was, and has the pool recover in a generation after all that it has had, as
@@ -22,16 +56,7 @@ func (p *Pool) Snapshot() Snapshot {
 func (p *Pool) PutBack(then Snapshot) {
 	p.t.Helper()
 	p.seen = max(p.seen, p.generation())
-	for some := range slices.Chunk(slices.Collect(maps.Keys(p.Snapshot())), 100) {
-		commit(p.t, p.Store, alloc.Tx{Delete: some})
-	}
-	records := maps.Clone(then)
-	pool := *records[alloc.Key{Kind: alloc.KindPool}].(*alloc.Pool)
-	pool.State, pool.Target = alloc.PoolRecovering, p.seen+1
-	records[pool.Key()] = &pool
-	for some := range slices.Chunk(slices.Collect(maps.Values(records)), 100) {
-		put(p.t, p.Store, some...)
-	}
+	then.PutBack(p.t, p.Store, p.seen+1)
 	must[alloc.Mended](p.t)(p.Mend(p.t.Context(), alloc.MendCommand{RequestID: p.Request(), Actor: "operator/ann", Kind: alloc.KindCounter, Force: true}))
 }
 

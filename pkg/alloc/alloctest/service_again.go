@@ -396,6 +396,7 @@ func testSeen(t *testing.T, p *Pool) {
 		"a later life of nobody's":          {func(c *alloc.HelloCommand) { c.Incarnation, c.Seen = c.Incarnation+1, alloc.Seen{} }, 0},
 		"a serial of another generation":    {func(c *alloc.HelloCommand) { c.Seen.Highest = 7<<48 | 1 }, 0},
 		"a serial that the counter has not": {func(c *alloc.HelloCommand) { c.Seen.Highest = top + 1 }, 2},
+		"a serial that was spent again":     {func(c *alloc.HelloCommand) { c.Nonce, c.Seen.Spent = "a-0123456789abcdef", top-10 }, 2},
 		"a later life":                      {func(c *alloc.HelloCommand) { c.Incarnation++ }, 2},
 		"a later generation":                {func(c *alloc.HelloCommand) { c.Seen.Generation = 17 }, 18},
 	} {

@@ -40,7 +40,10 @@ type HelloRequest struct {
 	// has, and then nothing of what it has seen counts.
 	SeenGeneration uint32 `protobuf:"varint,7,opt,name=seen_generation,json=seenGeneration,proto3" json:"seen_generation,omitempty"`
 	// The highest serial that the host was ever granted, in any generation; 0 for none.
-	SeenHighest   uint64 `protobuf:"fixed64,8,opt,name=seen_highest,json=seenHighest,proto3" json:"seen_highest,omitempty"`
+	SeenHighest uint64 `protobuf:"fixed64,8,opt,name=seen_highest,json=seenHighest,proto3" json:"seen_highest,omitempty"`
+	// A serial before all that the host had left to spend when it heard last: those of its generation up to it are
+	// spent or burned. 0 for none.
+	SeenSpent     uint64 `protobuf:"fixed64,9,opt,name=seen_spent,json=seenSpent,proto3" json:"seen_spent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -127,6 +130,13 @@ func (x *HelloRequest) GetSeenGeneration() uint32 {
 func (x *HelloRequest) GetSeenHighest() uint64 {
 	if x != nil {
 		return x.SeenHighest
+	}
+	return 0
+}
+
+func (x *HelloRequest) GetSeenSpent() uint64 {
+	if x != nil {
+		return x.SeenSpent
 	}
 	return 0
 }
@@ -640,7 +650,7 @@ var File_nsalloc_v1_hosts_proto protoreflect.FileDescriptor
 const file_nsalloc_v1_hosts_proto_rawDesc = "" +
 	"\n" +
 	"\x16nsalloc/v1/hosts.proto\x12\n" +
-	"nsalloc.v1\x1a\x16nsalloc/v1/types.proto\"\xe0\x02\n" +
+	"nsalloc.v1\x1a\x16nsalloc/v1/types.proto\"\xff\x02\n" +
 	"\fHelloRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x17\n" +
@@ -650,7 +660,9 @@ const file_nsalloc_v1_hosts_proto_rawDesc = "" +
 	"\tpool_uuid\x18\x05 \x01(\tR\bpoolUuid\x12<\n" +
 	"\x06labels\x18\x06 \x03(\v2$.nsalloc.v1.HelloRequest.LabelsEntryR\x06labels\x12'\n" +
 	"\x0fseen_generation\x18\a \x01(\rR\x0eseenGeneration\x12!\n" +
-	"\fseen_highest\x18\b \x01(\x06R\vseenHighest\x1a9\n" +
+	"\fseen_highest\x18\b \x01(\x06R\vseenHighest\x12\x1d\n" +
+	"\n" +
+	"seen_spent\x18\t \x01(\x06R\tseenSpent\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"[\n" +

@@ -50,8 +50,8 @@ type HostsClient interface {
 	// A host that the pool does not know, and whose state has never been in it, is settled from the start; any other
 	// one whose record is settled in an older generation than the pool's says next what lives on it (RegisterAgain).
 	// Where the caller has seen more of the pool than its store knows, the store has lost history: a later generation, a
-	// later incarnation of this host in the pool's generation, or a serial of that generation that the counter has not
-	// come to. The pool is closed then, and opens in a generation after all that was seen; the answer is
+	// later incarnation of this host in the pool's generation, a serial of that generation that the counter has not
+	// come to, or one that is spent and stands in what the host has to spend. The pool is closed then, and opens in a generation after all that was seen; the answer is
 	// POOL_RECOVERING. A caller that lies gets no further by it: servers begin one generation in ten minutes at
 	// most by themselves, and a generation more than 16 ahead of the pool's is INVALID_ARGUMENT.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.
@@ -160,8 +160,8 @@ type HostsServer interface {
 	// A host that the pool does not know, and whose state has never been in it, is settled from the start; any other
 	// one whose record is settled in an older generation than the pool's says next what lives on it (RegisterAgain).
 	// Where the caller has seen more of the pool than its store knows, the store has lost history: a later generation, a
-	// later incarnation of this host in the pool's generation, or a serial of that generation that the counter has not
-	// come to. The pool is closed then, and opens in a generation after all that was seen; the answer is
+	// later incarnation of this host in the pool's generation, a serial of that generation that the counter has not
+	// come to, or one that is spent and stands in what the host has to spend. The pool is closed then, and opens in a generation after all that was seen; the answer is
 	// POOL_RECOVERING. A caller that lies gets no further by it: servers begin one generation in ten minutes at
 	// most by themselves, and a generation more than 16 ahead of the pool's is INVALID_ARGUMENT.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.

@@ -1,0 +1,208 @@
+package agent
+
+import (
+	"context"
+	"slices"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/nsalloc/nsalloc/internal/kernelns"
+	"github.com/nsalloc/nsalloc/pkg/alloc"
+)
+
+// maxAgainBindings bounds the namespaces of one request that registers again; one sandbox may have more.
+const maxAgainBindings = 4096
+
+// owned reads the pool's records for this host. In a generation that the host has not been in before, it says first
+// what the host has: what is read after that is what the pool has made of it. By the registrar's holder.
+func (r *registrar) owned(ctx context.Context, host *alloc.Host, pool *alloc.Pool) ([]*alloc.Sandbox, error) {
+	a := r.a
+	owned, err := a.pool.Owned(ctx, a.cfg.Host)
+	if err != nil || pool.Generation <= 1 || host.Settled >= pool.Generation {
+		return owned, err
+	}
+	err = r.registerAgain(ctx, host, pool, owned)
+	if status.Code(err) == codes.Unimplemented {
+		a.log.Warn("the server is of a version that knows nothing of registering again: what its store has forgotten gets fresh serials", "generation", pool.Generation)
+		return owned, nil
+	}
+	if err != nil {
+		return nil, r.failed(err)
+	}
+	return a.pool.Owned(ctx, a.cfg.Host)
+}
+
+// registerAgain says what lives on this host, until everything is said. Dying on any line of it leaves a host
+// that is not settled: the next agent begins anew, with what the ledger has and the pool does not have yet.
+func (r *registrar) registerAgain(ctx context.Context, host *alloc.Host, pool *alloc.Pool, owned []*alloc.Sandbox) error {
+	items, err := r.a.toRegisterAgain(ctx, pool.Generation, owned)
+	if err != nil {
+		return err
+	}
+	r.a.log.Warn("the pool is in a generation that this host has not been in: it registers again what lives here", "generation", pool.Generation, "sandboxes", len(items))
+	most, refused := alloc.MaxRegister, 0
+	for {
+		n, bindings := 0, 0
+		for n < min(len(items), most) && (n == 0 || bindings+len(items[n].Bindings) <= maxAgainBindings) {
+			bindings += len(items[n].Bindings)
+			n++
+		}
+		last := n == len(items)
+		answers, err := r.a.pool.RegisterAgain(ctx, alloc.AgainCommand{
+			Mutation: alloc.Mutation{Host: r.a.cfg.Host, Incarnation: host.Incarnation}, Items: items[:n], Last: last,
+		})
+		if alloc.ReasonOf(err) == alloc.ReasonTooLarge && n > 1 {
+			most = n / 2
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		for i, a := range answers {
+			if a.Err != nil {
+				refused++
+				r.lost(items[i], a)
+			}
+		}
+		if items = items[n:]; last {
+			break
+		}
+	}
+	if refused > 0 {
+		r.a.tally.lost.Add(int64(refused))
+	}
+	return nil
+}
+
+// lost says that a sandbox of ours has gone on elsewhere, or is over: what lives of it here is a clone from now on.
+// The next sweep gives that fresh serials.
+func (r *registrar) lost(it alloc.AgainItem, a alloc.AgainAnswer) {
+	now := "nowhere"
+	if a.Sandbox != nil {
+		now = string(a.Sandbox.State) + " on host " + a.Sandbox.Owner + " in epoch " + a.Sandbox.Epoch.String()
+	}
+	r.a.log.Error("a sandbox that lives here is another one's by the pool's records, or over: what lives here is a clone of it from now on, and gets fresh serials",
+		"sandbox", it.Sandbox, "epoch", it.Epoch, "namespaces", len(it.Bindings), "command", it.Labels["command"], "now", now, "cause", a.Err)
+	for _, b := range it.Bindings {
+		r.replaced[b.Kernel.Key(b.Type)] = b.Serial
+	}
+}
+
+// toRegisterAgain is what lives here of before generation g, as this agent has it. owned is what the pool says is
+// here: what of it was registered again by an agent that died is left out, and where there is no ledger it tells
+// what was here, as far as it is known.
+func (a *Agent) toRegisterAgain(ctx context.Context, g alloc.Generation, owned []*alloc.Sandbox) ([]alloc.AgainItem, error) {
+	procs, err := a.kernel.Sweep(ctx)
+	if err != nil {
+		return nil, err
+	}
+	l := newLiving(a, procs)
+	var known []*alloc.Sandbox
+	done := map[alloc.Serial]bool{}
+	places := map[alloc.Serial]alloc.Serial{} // where the pool's records for this host have a serial
+	for _, s := range owned {
+		if s.Again >= g {
+			done[s.Serial] = true
+		}
+		for _, b := range s.Bindings {
+			places[b.Serial] = s.Serial
+		}
+	}
+	for _, s := range a.book.all() {
+		if !a.book.isProvisional(s.Serial) && !a.book.isAbsent(s) {
+			known = append(known, s)
+		}
+	}
+	if !a.registrar.known {
+		known = append(known, owned...) // the state was lost
+	}
+	var items []alloc.AgainItem
+	for _, s := range known {
+		if done[s.Serial] || s.Epoch.Generation() >= g || s.State != alloc.StateRunning && s.State != alloc.StateDumped {
+			continue
+		}
+		it := alloc.AgainItem{Sandbox: s.Serial, Epoch: s.Epoch, Labels: s.Labels, OfHost: s.OfHost, Checkpoint: s.Checkpoint, Parent: s.Parent, Created: s.Created}
+		for _, b := range s.Bindings {
+			if !a.book.isProvisional(b.Serial) && b.Live() && l.take(b) {
+				b.Extra = nil
+				it.Bindings = append(it.Bindings, b)
+			}
+		}
+		if len(it.Bindings) == 0 {
+			continue
+		}
+		if it.From, err = a.partedFrom(ctx, it, places); err != nil {
+			return nil, err
+		}
+		items = append(items, it)
+	}
+	return items, nil
+}
+
+// partedFrom are the sandboxes in whose records the pool has serials of an item: the namespaces parted from them, and
+// the store has forgotten that. Only such a one has a serial before its sandbox's.
+func (a *Agent) partedFrom(ctx context.Context, it alloc.AgainItem, places map[alloc.Serial]alloc.Serial) (from []alloc.Serial, err error) {
+	for _, b := range it.Bindings {
+		at := places[b.Serial]
+		if at == 0 && b.Serial < it.Sandbox {
+			s, _, err := a.pool.Sandbox(ctx, b.Serial)
+			switch {
+			case notThere(err):
+				continue
+			case err != nil:
+				return nil, err
+			}
+			at = s.Serial
+		}
+		if at != 0 && at != it.Sandbox && !slices.Contains(from, at) {
+			from = append(from, at)
+		}
+	}
+	return from, nil
+}
+
+// living tells which namespaces live, each once: an identity may be used again by the kernel.
+type living struct {
+	a     *Agent
+	seen  map[string]bool // alloc.KernelID.Key of all that a task is in
+	taken map[string]bool
+}
+
+func newLiving(a *Agent, procs []kernelns.Process) *living {
+	l := &living{a: a, seen: map[string]bool{}, taken: map[string]bool{}}
+	for _, p := range procs {
+		for t, k := range p.Namespaces {
+			l.seen[k.Key(t)] = true
+		}
+	}
+	return l
+}
+
+// take reports whether the namespace of a binding lives, as far as that can be told, and no other binding has it.
+func (l *living) take(b alloc.Binding) bool {
+	key := b.Kernel.Key(b.Type)
+	if b.Kernel.BootID != l.a.bootID() || l.taken[key] {
+		return false
+	}
+	alive := l.seen[key]
+	if !alive && l.a.registrar.known {
+		there, err := l.a.kernel.Alive(b.Type, b.Kernel)
+		alive = there || err != nil // the sweep finds out
+	}
+	l.taken[key] = alive
+	return alive
+}
+
+// sees notes what the pool says is left, before it is taken for what is left.
+func (r *registrar) sees(left alloc.Ranges) {
+	for _, x := range left {
+		r.seen.Highest = max(r.seen.Highest, x.Last())
+	}
+	switch {
+	case len(left) > 0 && left[0].First.Counter() > 1:
+		r.seen.Spent = max(r.seen.Spent, left[0].First-1)
+	case len(left) == 0 && len(r.ranges) > 0:
+		r.seen.Spent = max(r.seen.Spent, r.ranges[len(r.ranges)-1].Last())
+	}
+}
