@@ -176,13 +176,31 @@ func (c *cellRun) recover() error {
 	})
 }
 
-// settled: every host has said what lives on it.
+// settled: every host that is there says what lives on it, and the pool waits for nobody else than the one that another
+// cell has left behind.
 func (c *cellRun) settled() error {
-	pool, _, err := c.p.Client().Pool(c.p.ctx())
-	if err == nil && !pool.IsSettled() {
-		err = fmt.Errorf("the pool is in generation %d and settled in %d", pool.Generation, pool.Settled)
-	}
-	return err
+	c.p.eventually("the pool is settled", func() error {
+		pool, _, err := c.p.Client().Pool(c.p.ctx())
+		if err != nil {
+			return err
+		}
+		fine := pool.IsSettled()
+		for h, err := range c.p.Client().Hosts(c.p.ctx()) {
+			switch answered := err == nil && max(h.Settled, h.Waived) >= pool.Generation; {
+			case err != nil:
+				return err
+			case !answered && h.Name == goneHost:
+				fine = true
+			case !answered:
+				return fmt.Errorf("host %s is settled in generation %d, the pool is in %d", h.Name, h.Settled, pool.Generation)
+			}
+		}
+		if !fine {
+			return fmt.Errorf("every host has come, and the pool is in generation %d and settled in %d", pool.Generation, pool.Settled)
+		}
+		return nil
+	})
+	return nil
 }
 
 // goneHost is one that has joined and never comes back.

@@ -38,7 +38,7 @@ func overtaken(t *testing.T, uc alloctest.UseCase, meanwhile func(t *testing.T, 
 // TestPoolClosesMeanwhile: nothing that was decided while the pool was open is committed when it is not.
 func TestPoolClosesMeanwhile(t *testing.T) {
 	for _, uc := range alloctest.UseCases() {
-		if uc.Name == "Mend counter" || uc.Name == "RemoveServer" || uc.Name == "SetPolicy" || uc.Name == "Hello of one that has seen more" {
+		if uc.Name == "Mend counter" || uc.Name == "RemoveServer" || uc.Name == "SetPolicy" || strings.HasPrefix(uc.Name, "Hello of one that has seen") || uc.Name == "Hello when the last host has come" {
 			continue // the ways out, and what an operator can do before
 		}
 		t.Run(uc.Name, func(t *testing.T) {

@@ -115,6 +115,9 @@ func (s *Service) Hello(ctx context.Context, cmd HelloCommand) (*Host, *Pool, er
 	if err != nil {
 		return nil, nil, err
 	}
+	if !pool.IsSettled() && host.answered(pool.Generation) {
+		_, _ = s.Settle(ctx) // who answered its last request may have died on it
+	}
 	return host, pool, nil
 }
 

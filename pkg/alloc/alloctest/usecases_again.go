@@ -71,11 +71,18 @@ func useCasesAgain() []UseCase {
 			p.PutBack(p.Snapshot())
 			a.Rejoin()
 			must[[]alloc.AgainAnswer](t)(p.RegisterAgain(t.Context(), a.Again()))
-			pool := *get(t, p.Store, alloc.Key{Kind: alloc.KindPool})[0].Record.(*alloc.Pool)
-			pool.Settled = 1 // nobody noticed
-			p.put(t, &pool)
+			p.unsettle(t)
 			cmd := a.Claim(way, "r")
 			return func(ctx context.Context) (any, error) { return p.Claim(ctx, cmd) }
+		}},
+		{Name: "Hello when the last host has come", Prepare: func(t *testing.T, p *Pool) call {
+			a := p.Agent("a")
+			p.PutBack(p.Snapshot())
+			a.Rejoin()
+			must[[]alloc.AgainAnswer](t)(p.RegisterAgain(t.Context(), a.Again()))
+			p.unsettle(t)
+			cmd := a.Hello()
+			return func(ctx context.Context) (any, error) { h, _, err := p.Hello(ctx, cmd); return answer(err, h) }
 		}},
 		{Name: "Hello of one that has seen more", Prepare: func(t *testing.T, p *Pool) call {
 			a := p.Agent("a")
@@ -91,4 +98,12 @@ func useCasesAgain() []UseCase {
 			}
 		}},
 	}
+}
+
+// unsettle has nobody notice that the last host has come.
+func (p *Pool) unsettle(t *testing.T) {
+	t.Helper()
+	pool := *get(t, p.Store, alloc.Key{Kind: alloc.KindPool})[0].Record.(*alloc.Pool)
+	pool.Settled = 1
+	p.put(t, &pool)
 }
