@@ -323,7 +323,11 @@ func (r *registrar) failed(err error) error {
 	}
 	reason := alloc.ReasonOf(err)
 	switch reason {
-	case alloc.ReasonUnavailable, alloc.ReasonRecovering, alloc.ReasonConflict, alloc.ReasonExhausted, alloc.ReasonTooLarge,
+	case alloc.ReasonRecovering:
+		// Nothing was changed; but the next Hello shows the pool what this host has seen of it.
+		r.stale.Store(true)
+		return err
+	case alloc.ReasonUnavailable, alloc.ReasonConflict, alloc.ReasonExhausted, alloc.ReasonTooLarge,
 		alloc.ReasonInvalid, alloc.ReasonSettling, alloc.ReasonNotConfirmed, alloc.ReasonClaimed, alloc.ReasonManifest, alloc.ReasonVoid, alloc.ReasonRefused,
 		alloc.ReasonCheckpointNotFound:
 		// Nothing was changed: what we know still holds.

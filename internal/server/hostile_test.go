@@ -64,7 +64,7 @@ func TestHostileRequests(t *testing.T) {
 		"empty Grant":       {call(ahosts.Grant(ctx, &nsallocv1.GrantRequest{})), alloc.ErrInvalid},
 		"huge Grant":        {call(ahosts.Grant(ctx, &nsallocv1.GrantRequest{RequestId: id(), Incarnation: life, Count: math.MaxUint64})), alloc.ErrInvalid},
 		"Grant of no life":  {call(ahosts.Grant(ctx, &nsallocv1.GrantRequest{RequestId: id(), Count: 1})), alloc.ErrStaleIncarnation},
-		"Grant of a later":  {call(ahosts.Grant(ctx, &nsallocv1.GrantRequest{RequestId: id(), Incarnation: math.MaxUint64, Count: 1})), alloc.ErrStaleIncarnation},
+		"Grant of a later":  {call(ahosts.Grant(ctx, &nsallocv1.GrantRequest{RequestId: id(), Incarnation: math.MaxUint64, Count: 1})), alloc.ErrRecovering},
 		"empty host name":   {call(ahosts.Get(ctx, &nsallocv1.HostsGetRequest{})), alloc.ErrInvalid},
 		"host name path":    {call(ahosts.Get(ctx, &nsallocv1.HostsGetRequest{Name: "../pool"})), alloc.ErrInvalid},
 		"empty Register":    {call(as.Register(ctx, &nsallocv1.RegisterRequest{})), alloc.ErrInvalid},

@@ -163,6 +163,12 @@ func (s *Service) read(ctx context.Context, m Mutation, keys []Key) (*world, err
 	if !ok {
 		return nil, &Error{Reason: ReasonHostUnknown, Subject: "host " + m.Host, Msg: "the pool does not know it", Fix: "start its nsalloc-agent, which says Hello first"}
 	}
+	if m.Incarnation > host.Incarnation {
+		// No life comes before its Hello has committed: to call it stale would have it begin another one.
+		return nil, &Error{Reason: ReasonRecovering, Subject: "host " + m.Host, RetryAfter: retrySoon,
+			Msg: fmt.Sprintf("it is in incarnation %s by the store, and this request is of incarnation %s: the store has lost history; nothing was changed", host.Incarnation, m.Incarnation),
+			Fix: "say Hello with what the agent has seen, which closes the pool until it is in a later generation"}
+	}
 	if host.Incarnation != m.Incarnation {
 		return nil, staleIncarnation(m.Host, fmt.Sprintf("it is in incarnation %s, this request is of incarnation %s", host.Incarnation, m.Incarnation))
 	}

@@ -186,7 +186,7 @@ func testStaleCallers(t *testing.T, p *Pool) {
 		want   *alloc.Error
 	}{
 		{func(m *alloc.Mutation) { m.Incarnation-- }, alloc.ErrStaleIncarnation},
-		{func(m *alloc.Mutation) { m.Incarnation++ }, alloc.ErrStaleIncarnation},
+		{func(m *alloc.Mutation) { m.Incarnation++ }, alloc.ErrRecovering},
 		{func(m *alloc.Mutation) { m.Host = "nobody" }, alloc.ErrHostUnknown},
 		{func(m *alloc.Mutation) { m.Host = "" }, alloc.ErrInvalid},
 		{func(m *alloc.Mutation) { m.RequestID = "" }, alloc.ErrInvalid},
