@@ -325,6 +325,7 @@ func testAgainRefuses(t *testing.T, p *Pool) {
 	refused(t, err, alloc.ErrWrongState) // nothing was forgotten
 	p.PutBack(p.Snapshot())
 	a.Rejoin()
+	now := uint64(p.generation()) << 48
 	for name, tc := range map[string]struct {
 		change func(*alloc.AgainCommand)
 		want   *alloc.Error
@@ -332,9 +333,9 @@ func testAgainRefuses(t *testing.T, p *Pool) {
 		"nothing":              {func(c *alloc.AgainCommand) { c.Items, c.Last = nil, false }, alloc.ErrInvalid},
 		"too many":             {func(c *alloc.AgainCommand) { c.Items = make([]alloc.AgainItem, alloc.MaxRegister+1) }, alloc.ErrInvalid},
 		"no serial":            {func(c *alloc.AgainCommand) { c.Items[0].Sandbox = 7 }, alloc.ErrInvalid},
-		"of this generation":   {func(c *alloc.AgainCommand) { c.Items[0].Sandbox = 2<<48 | 7 }, alloc.ErrInvalid},
-		"binding of it":        {func(c *alloc.AgainCommand) { c.Items[0].Bindings[0].Serial = 2<<48 | 7 }, alloc.ErrInvalid},
-		"epoch of it":          {func(c *alloc.AgainCommand) { c.Items[0].Epoch = 2<<48 | 1 }, alloc.ErrInvalid},
+		"of this generation":   {func(c *alloc.AgainCommand) { c.Items[0].Sandbox = alloc.Serial(now | 7) }, alloc.ErrInvalid},
+		"binding of it":        {func(c *alloc.AgainCommand) { c.Items[0].Bindings[0].Serial = alloc.Serial(now | 7) }, alloc.ErrInvalid},
+		"epoch of it":          {func(c *alloc.AgainCommand) { c.Items[0].Epoch = alloc.Epoch(now | 1) }, alloc.ErrInvalid},
 		"no epoch":             {func(c *alloc.AgainCommand) { c.Items[0].Epoch = 0 }, alloc.ErrInvalid},
 		"nothing lives":        {func(c *alloc.AgainCommand) { c.Items[0].Bindings = nil }, alloc.ErrInvalid},
 		"of another boot":      {func(c *alloc.AgainCommand) { c.Items[0].Bindings[0].Kernel.BootID = BootID(99) }, alloc.ErrInvalid},
