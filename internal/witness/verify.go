@@ -38,16 +38,9 @@ func (s *Store) verifyOnce(ctx context.Context) (again bool, err error) {
 	// What is sound by now is so for the connections made until now: the read comes after.
 	seen := s.file.Seen()
 	l, err := s.look(ctx, seen)
-	s.mu.Lock()
-	anew := s.connected != connected
-	s.mu.Unlock()
 	switch {
 	case err != nil:
 		return false, err
-	case anew:
-		// The look made the connection, as the first one of a process does. Were the others asked before that counts,
-		// they would be asked once more after it; and a generation that was taken meanwhile would count for nothing.
-		return true, nil
 	case l.pool == nil && seen.Pool == "":
 		return false, &alloc.Error{Reason: alloc.ReasonPoolMissing, Msg: "the store holds no pool", Fix: "check that it is the right etcd and pool name; create a new pool with: nsalloc pool init"}
 	case l.pool != nil && l.pool.Format > alloc.FormatVersion:
