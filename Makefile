@@ -173,7 +173,7 @@ e2e: build ## real binaries, real CRIU, hosts of their own (as root)
 	$(GOTEST) -count=1 -v ./e2e/...
 
 # `make test` runs a fixed selection of these cells. NSALLOC_KILL_CELLS selects others, by their names.
-kill-matrix: ## kill server, agents and hook at every point, 390 cells (as root)
+kill-matrix: ## kill server, agents and hook at every point, 394 cells (as root)
 	@if [ "$$(id -u)" != 0 ]; then
 		echo "SKIP kill-matrix: namespaces, mounts and CRIU need root; run as root"
 		test "$${CI:-}" != true

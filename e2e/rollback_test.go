@@ -19,12 +19,6 @@ import (
 	"github.com/nsalloc/nsalloc/pkg/client"
 )
 
-// What is expected of a pool whose etcd was put back, as far as it is built.
-const (
-	recoversByItself = true  // servers ask each other, and begin the next generation without an operator
-	comesBack        = false // hosts register what the store has forgotten under the serials that it has
-)
-
 // rollback is one way to put a pool's etcd back.
 type rollback struct {
 	name    string
@@ -90,9 +84,6 @@ func TestRollback(t *testing.T) {
 			continue
 		}
 		t.Run(strings.ReplaceAll(w.name, ", ", "-"), func(t *testing.T) {
-			if w.servers == oneFresh && !recoversByItself {
-				t.Skip("a server without a witness still believes its store")
-			}
 			w.run(t, size)
 		})
 	}
@@ -254,7 +245,7 @@ func (w rollback) run(t *testing.T, size rollbackSize) {
 		back := r.c.putBack(snapshot, w.bump, r.meanwhile)
 		r.back()
 		// What servers know of a generation that was taken minutes ago, they take no other by themselves.
-		open := r.open(away, before, !recoversByItself || n > 0 && w.servers != oneFresh)
+		open := r.open(away, before, n > 0 && w.servers != oneFresh)
 		t.Logf("put back %d of %d: issues again, in generation %d, %v after etcd was back", n+1, w.times, open.First.Generation(), open.at.Sub(back).Round(10*time.Millisecond))
 		r.issue(5000)
 		r.within(time.Minute, "what lives is in the pool", func() error { return r.returned(live) })
@@ -434,9 +425,6 @@ func (r *putBackRun) returned(live map[string]pooled) error {
 			other = append(other, fmt.Sprintf("%s had serial %s in sandbox %s, and has %s in %s", key, was.serial, was.sandbox, is.serial, is.sandbox))
 		}
 	}
-	if !comesBack {
-		other = nil
-	}
 	if n := len(lost) + len(other); n > 0 {
 		return fmt.Errorf("of %d namespaces %d are not what they were: %s", len(live), n, strings.Join(slices.Concat(lost, other)[:min(n, 3)], "; "))
 	}
@@ -451,10 +439,8 @@ func (r *putBackRun) holds(live map[string]pooled) {
 		for kernel, serial := range seen.committed {
 			r.told.note("host "+host+" for "+kernel, alloc.Range{First: serial, Count: 1})
 		}
-		if comesBack {
-			for _, what := range seen.changed {
-				r.t.Errorf("host %s: %s", host, what)
-			}
+		for _, what := range seen.changed {
+			r.t.Errorf("host %s: %s", host, what)
 		}
 		seen.mu.Unlock()
 	}
