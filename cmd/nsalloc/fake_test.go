@@ -200,6 +200,15 @@ func (f fakeHosts) Get(ctx context.Context, r *nsallocv1.HostsGetRequest) (*nsal
 	return nil, refuse(alloc.ReasonHostUnknown, "host "+r.Name, "no host of that name has said Hello")
 }
 
+func (f fakeHosts) Waive(_ context.Context, r *nsallocv1.WaiveRequest) (*nsallocv1.WaiveResponse, error) {
+	for _, h := range f.hosts {
+		if h.Name == r.Name && f.pool.Generation > 1 {
+			return &nsallocv1.WaiveResponse{Host: h, WaitsFor: []string{"c"}}, nil
+		}
+	}
+	return nil, refuse(alloc.ReasonWrongState, "host "+r.Name, "nobody waits for it")
+}
+
 func (f fakeHosts) List(_ context.Context, r *nsallocv1.HostsListRequest) (*nsallocv1.HostsListResponse, error) {
 	some, next := page(f.hosts, r.PageToken)
 	return &nsallocv1.HostsListResponse{Hosts: some, NextPageToken: next, Revision: 42, Unreadable: f.unreadable}, nil

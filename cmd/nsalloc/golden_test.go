@@ -89,6 +89,32 @@ func TestGolden(t *testing.T) {
 	}
 }
 
+// TestUnsettled: who looks at a pool that waits for hosts is told which, and what to do.
+func TestUnsettled(t *testing.T) {
+	for name, args := range map[string]string{
+		"pool-status-unsettled":      "pool status",
+		"pool-status-unsettled-json": "pool status -o json",
+		"host-get-unsettled":         "host get b",
+		"host-waive":                 "host waive b",
+		"host-waive-json":            "host waive b -o json",
+		"host-waive-name":            "host waive b -o name",
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := &fake{records: recorded()}
+			f.pool.Generation, f.pool.Settled = 2, 1
+			f.hosts[0].Settled = 2
+			code, out, errs := invoke(t, f, strings.Fields(args)...)
+			golden(t, name, out+errs)
+			if code != 0 {
+				t.Errorf("exit code %d: %s", code, errs)
+			}
+		})
+	}
+	if code, _, errs := invoke(t, &fake{records: recorded()}, "host", "waive", "b"); code == 0 || !strings.Contains(errs, "nobody waits for it") {
+		t.Errorf("of a pool that waits for nobody: exit code %d: %s", code, errs)
+	}
+}
+
 // TestFewGenerations: whoever looks at a pool that has few left is told.
 func TestFewGenerations(t *testing.T) {
 	for n, want := range map[int]bool{alloc.FewGenerations: false, alloc.FewGenerations - 1: true, 0: true} {

@@ -14,7 +14,7 @@ import (
 )
 
 func (c *cli) hostCommand() *cobra.Command {
-	return group("host", "Hosts: the machines of the pool", c.hostListCommand(), c.hostGetCommand())
+	return group("host", "Hosts: the machines of the pool", c.hostListCommand(), c.hostGetCommand(), c.hostWaiveCommand())
 }
 
 func (c *cli) hostListCommand() *cobra.Command {
@@ -122,6 +122,12 @@ func (c *cli) printHost(h *alloc.Host) error {
 	}
 	if q := h.Quota.At(c.now()); q.Used > 0 {
 		f.add("Quota", fmt.Sprintf("%s serials granted since %s", thousands(q.Used), c.clock(q.Since)))
+	}
+	if h.Settled > 1 {
+		f.add("Settled", fmt.Sprintf("in generation %d it has said what lives on it", h.Settled))
+	}
+	if h.Waived > 0 {
+		f.add("Waived", fmt.Sprintf("in generation %d nobody waited for it", h.Waived))
 	}
 	for _, k := range slices.Sorted(maps.Keys(h.Labels)) {
 		f.add("Label", k+"="+h.Labels[k])

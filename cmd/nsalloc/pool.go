@@ -37,7 +37,11 @@ func (c *cli) poolStatusCommand() *cobra.Command {
 				if found.Pool == nil {
 					return errMissing("pool")
 				}
-				return c.printPool(poolView(found.Pool, found.Level, found.Standing), found.Level)
+				waitsFor, err := unsettled(ctx, p, found.Pool)
+				if err != nil {
+					return err
+				}
+				return c.printPool(poolView(found.Pool, found.Level, found.Standing, waitsFor), found.Level)
 			})
 		},
 	}
@@ -58,9 +62,9 @@ Servers do this by themselves, once in ten minutes, after they have heard what a
 status says what they wait for. This command waits for nobody.
 
 No serial that was issued is issued again: the pool goes into a generation that nobody has seen, and its counter
-begins at a random point of it. What is left of all ranges is burned. Sandboxes that the store has forgotten are
-registered again by their hosts' agents under fresh serials, and the agents say so loudly; of hand-offs that it
-has forgotten the images are all that is left: keep them.`,
+begins at a random point of it. What is left of all ranges is burned. The hosts' agents register again what lives on
+them, under the serials that it has. Images of before can be restored when every host has come back, or was waived
+(nsalloc host waive); what was dumped after the snapshot was taken, and restored nowhere, the pool does not know.`,
 		Example: "  nsalloc pool recover",
 		Args:    usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -82,6 +86,9 @@ func (c *cli) printPool(d poolDoc, l *alloc.Level) error {
 	f.add("State", state)
 	c.addStanding(&f, d.Standing)
 	f.add("Generation", fmt.Sprintf("%d (serials begin with %04x)", d.Generation, d.Generation))
+	if !d.Settled {
+		f.add("Waits for", in(styleBad, namesOf(d.WaitsFor)+": the store has lost history, and older images are not restored before these hosts have come back; for one that is gone for good: nsalloc host waive NAME"))
+	}
 	if l != nil {
 		c.addLevel(&f, *l)
 	}
@@ -222,7 +229,7 @@ func (c *cli) poolInit(ctx context.Context, f poolFlags) error {
 	if err != nil {
 		return err
 	}
-	return c.printPool(poolView(pool, nil, nil), nil)
+	return c.printPool(poolView(pool, nil, nil, nil), nil)
 }
 
 // store is how to reach the etcd.

@@ -87,6 +87,10 @@ type hostDoc struct {
 	// QuotaUsed is what it was granted since QuotaSince, in a window of 24 hours.
 	QuotaSince *string `json:"quota_since,omitempty"`
 	QuotaUsed  uint64  `json:"quota_used"`
+	// Settled is the generation in which it has last said what lives on it, Waived the one in which somebody has last
+	// said that nobody waits for it; 0 for none.
+	Settled uint64 `json:"settled"`
+	Waived  uint64 `json:"waived"`
 }
 
 type rangeDoc struct {
@@ -113,6 +117,10 @@ type poolDoc struct {
 	Format     int       `json:"format"`
 	Policy     policyDoc `json:"policy"`
 	Level      *levelDoc `json:"level"` // null while the server cannot read the counter
+	// Settled is whether every host has said in this generation what lives on it, or was waived; WaitsFor are those
+	// that have not.
+	Settled  bool     `json:"settled"`
+	WaitsFor []string `json:"waits_for"`
 	// Standing is null from servers without a witness.
 	Standing *standingDoc `json:"standing"`
 }
@@ -236,6 +244,7 @@ func hostView(h *alloc.Host) hostDoc {
 		Name: h.Name, Incarnation: h.Incarnation.String(), BootID: h.BootID, Granted: h.Granted.Count(),
 		Ranges: []rangeDoc{}, Labels: h.Labels, Hello: rfc3339(h.Hello),
 		QuotaSince: rfc3339(h.Quota.Since), QuotaUsed: h.Quota.Used,
+		Settled: uint64(h.Settled), Waived: uint64(h.Waived),
 	}
 	for _, r := range h.Granted {
 		d.Ranges = append(d.Ranges, rangeDoc{First: r.First.String(), Last: r.Last().String(), Count: r.Count})
@@ -254,12 +263,13 @@ func liveView(n *nsallocv1.LiveNamespace) liveDoc {
 	return d
 }
 
-func poolView(p *alloc.Pool, l *alloc.Level, s *alloc.Standing) poolDoc {
+func poolView(p *alloc.Pool, l *alloc.Level, s *alloc.Standing, waitsFor []string) poolDoc {
 	var level *levelDoc
 	if l != nil {
 		level = &levelDoc{Left: l.Left, Generations: l.Generations, Burn: l.Burn, Over: l.Over.Seconds(), RunsOut: rfc3339(l.RunsOut)}
 	}
 	return poolDoc{
+		Settled: p.IsSettled(), WaitsFor: append([]string{}, waitsFor...),
 		Level: level, Standing: standingView(s),
 		UUID: p.UUID, Generation: uint64(p.Generation), State: string(p.State), Format: p.Format,
 		Policy: policyView(p.Policy),
