@@ -19,6 +19,9 @@ var readOnly = []string{
 	"Servers/List", "Servers/Witness",
 }
 
+// ownWrites are what a server writes without being asked to by a method (internal/witness).
+var ownWrites = []string{"close", "generation", "life", "witness"}
+
 // TestEveryWriteHasPoints: every method that a server offers, read from the server itself, reads or can be
 // ended before and after its commit; and no two that write share a name, by which their points are told apart.
 func TestEveryWriteHasPoints(t *testing.T) {
@@ -56,7 +59,7 @@ func TestEveryWriteHasPoints(t *testing.T) {
 	}
 	for _, p := range points {
 		if rpc, ok := strings.CutPrefix(string(p), "server/"); ok {
-			if rpc, _, _ := strings.Cut(rpc, "/"); writes[rpc] == "" {
+			if rpc, _, _ := strings.Cut(rpc, "/"); writes[rpc] == "" && !slices.Contains(ownWrites, rpc) {
 				t.Errorf("%s is of no method that writes", p)
 			}
 		}
