@@ -58,8 +58,8 @@ A store that was put back to an older snapshot knows nothing of what was written
 issued, which sandboxes there are, who owns them. The servers' logs say what they have seen and the store has
 not. If there is a newer snapshot, put that back instead: then nothing is lost.
 
-Servers do this by themselves, once in ten minutes, after they have heard what all of them have seen; nsalloc pool
-status says what they wait for. This command waits for nobody.
+Servers do this by themselves, once in ten minutes and up to six times in a row, after they have heard what all of
+them have seen; nsalloc pool status says what they wait for. This command waits for nobody.
 
 No serial that was issued is issued again: the pool goes into a generation that nobody has seen, and its counter
 begins at a random point of it. What is left of all ranges is burned. The hosts' agents register again what lives on

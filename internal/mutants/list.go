@@ -78,6 +78,7 @@ var mutations = []mutation{
 	{"who is asked does not look whose store it is", witnesses + "/ask.go", "pool.UUID == q.Pool && rec.Asked == q.Nonce", "pool.UUID == q.Pool", witnesses, "TestAnotherStore"},
 	{"a server without a witness trusts its store", witnesses + "/verify.go", "		due = DueGeneration\n", "		due = DueNothing\n", witnesses, "TestNewServer"},
 	{"generations are taken one after the other", witnesses + "/raise.go", "	if !at.After(now) {", "	if true {", witnesses, "TestPutBack"},
+	{"a store that is put back forgets how many generations were taken", witnesses + "/raise.go", "[]time.Time{s.file.Seen().Raised, l.pool.Raised}", "[]time.Time{l.pool.Raised}", witnesses, "TestPutBack"},
 	{"a connection from while a generation was taken needs another one", witnesses + "/verify.go", "		heard = connected\n", "", witnesses, "TestConnectedWhileRaising"},
 
 	// What is read.

@@ -554,7 +554,8 @@ type Pool struct {
 	// The last generation of which every host has said what lives on it, or was waived; 0 when none was noted, which
 	// in generation 1 is the same as 1.
 	Settled uint32 `protobuf:"varint,8,opt,name=settled,proto3" json:"settled,omitempty"`
-	// When a server last raised the generation by itself, by its clock; unset while none has.
+	// Until when the generations are accounted for that servers have taken by themselves, ten minutes each; unset while
+	// none has.
 	Raised *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=raised,proto3" json:"raised,omitempty"`
 	// When the pool was created, by the clock of who did.
 	Created       *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=created,proto3" json:"created,omitempty"`

@@ -98,16 +98,16 @@ func (s *Store) raise(ctx context.Context, l look, to alloc.Generation, why, fix
 	if err := s.tooSoon(l, why, fix); err != nil {
 		return false, err
 	}
-	now := s.now()
-	tx, err := alloc.Raise(l.entries[0], l.entries[1], to, now)
+	tx, err := alloc.Raise(l.entries[0], l.entries[1], to, s.lastRaised(l), s.now())
 	if e, ok := errors.AsType[*alloc.Error](err); ok && e.Reason == alloc.ReasonExhausted {
 		return false, s.refuse(why+"; "+e.Msg, alloc.ReasonRecovering, or(fix, e.Fix))
 	}
 	if err != nil {
 		return false, err
 	}
+	taken := tx.Put[0].(*alloc.Pool)
 	s.mu.Lock()
-	s.taking = tx.Put[0].(*alloc.Pool).Nonce
+	s.taking = taken.Nonce
 	s.mu.Unlock()
 	killpoint.At(killpoint.ServerGenerationCommitting)
 	_, err = s.Store.Commit(ctx, tx)
@@ -120,7 +120,7 @@ func (s *Store) raise(ctx context.Context, l look, to alloc.Generation, why, fix
 	}
 	killpoint.At(killpoint.ServerGenerationCommitted)
 	s.log.WarnContext(ctx, "a new generation was taken: "+why, "server", s.name, "generation", to, "before", l.pool.Generation)
-	if err := s.file.Update(func(seen *Seen) { seen.Raised = now }); err != nil {
+	if err := s.file.Update(func(seen *Seen) { seen.Raised = taken.Raised }); err != nil {
 		return false, s.unwritable(err)
 	}
 	s.mu.Lock()
@@ -129,16 +129,21 @@ func (s *Store) raise(ctx context.Context, l look, to alloc.Generation, why, fix
 	return true, nil
 }
 
-// tooSoon refuses while the last generation that a server has taken by itself is not long enough ago.
+// lastRaised is the latest Pool.Raised that counts: of the store, or of the witness where that has forgotten.
+func (s *Store) lastRaised(l look) time.Time {
+	return s.ahead.counts(slices.MaxFunc([]time.Time{s.file.Seen().Raised, l.pool.Raised}, time.Time.Compare), s.now())
+}
+
+// tooSoon refuses while servers have taken as many generations by themselves as they may.
 func (s *Store) tooSoon(l look, why, fix string) error {
 	now := s.now()
-	at := s.ahead.notBefore(s.file.Seen().Raised, l.pool.Raised, now)
+	at := alloc.NotBefore(s.lastRaised(l))
 	if !at.After(now) {
 		s.mayRaise(time.Time{})
 		return nil
 	}
 	s.mayRaise(at)
-	return s.refuse(fmt.Sprintf("%s; the servers take one generation in %s by themselves, the next not before %s", why, minutes(alloc.RaiseEvery), at.Format(time.RFC3339)),
+	return s.refuse(fmt.Sprintf("%s; the servers take one generation in %s by themselves, %d in a row, the next not before %s", why, minutes(alloc.RaiseEvery), alloc.RaiseBurst, at.Format(time.RFC3339)),
 		alloc.ReasonRecovering, or(fix, "to go on now: nsalloc pool recover"))
 }
 
@@ -152,23 +157,20 @@ func or(fix, other string) string {
 
 func minutes(d time.Duration) string { return fmt.Sprintf("%d minutes", int(d.Minutes())) }
 
-// aheadOfClock is a time of a raise that is in the future by this server's clock, and when that was seen first:
-// a clock that was set back must not keep a pool closed for as long.
+// aheadOfClock is a Pool.Raised that lies further in the future than it can by this server's clock, and when that was
+// seen first: a clock that was set back must not keep a pool closed for as long.
 type aheadOfClock struct{ raised, first time.Time }
 
-// notBefore is when the next generation may be taken by a server, of the times at which the last ones were.
-func (a *aheadOfClock) notBefore(seen, pool, now time.Time) time.Time {
-	last := slices.MaxFunc([]time.Time{seen, pool}, time.Time.Compare)
-	if last.IsZero() {
-		return time.Time{}
+// counts is raised, or the most that it can be.
+func (a *aheadOfClock) counts(raised, now time.Time) time.Time {
+	const most = alloc.RaiseBurst * alloc.RaiseEvery
+	if !raised.After(now.Add(most)) {
+		return raised
 	}
-	if last.After(now) {
-		if !a.raised.Equal(last) {
-			a.raised, a.first = last, now
-		}
-		last = a.first
+	if !a.raised.Equal(raised) {
+		a.raised, a.first = raised, now
 	}
-	return last.Add(alloc.RaiseEvery)
+	return a.first.Add(most)
 }
 
 // close closes the pool, so that no server issues from a store that has forgotten what was seen. closed says that

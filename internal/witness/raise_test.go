@@ -232,6 +232,35 @@ func TestFewGenerations(t *testing.T) {
 	w.open(alloc.MaxGeneration - 1023)
 }
 
+// TestSixInARow: a server that is down while etcd's members are upgraded one after the other does not keep the others
+// from going on, and a store that is put back again and again does not use up the generations.
+func TestSixInARow(t *testing.T) {
+	w, x := newWorld(t, alloc.UnheardNewGeneration), issued{}
+	w.raisable(alloc.RaiseBurst)
+	gone, stays := w.begin(w.p, t.TempDir(), "gone"), w.begin(w.p, t.TempDir(), "stays")
+	x.take(t, gone, 1)
+	w.ends(gone)
+	for g := range alloc.Generation(alloc.RaiseBurst) {
+		stays.Connected()
+		x.take(t, stays, 1)
+		w.open(g + 2)
+	}
+	for g := range alloc.Generation(2) {
+		stays.Connected()
+		w.refused(stays, "10 minutes", "6 in a row", "nsalloc server remove gone")
+		w.passes(alloc.RaiseEvery)
+		w.again(stays)
+		w.open(alloc.RaiseBurst + g + 2)
+	}
+	w.passes(alloc.RaiseBurst * alloc.RaiseEvery)
+	for range alloc.RaiseBurst {
+		stays.Connected()
+		x.take(t, stays, 1)
+	}
+	stays.Connected()
+	w.refused(stays, "6 in a row")
+}
+
 // TestClockSetBack: a raise that lies in the future counts from when it was seen first.
 func TestClockSetBack(t *testing.T) {
 	w, x := newWorld(t, alloc.UnheardWait), issued{}

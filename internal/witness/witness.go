@@ -35,8 +35,8 @@
 // A store that is behind gets its pool record set to recovering, so that nothing is issued or moved by anybody.
 // Whoever notices, by a watch or by what it reads, asks all others again and takes the next generation: after all
 // that anybody has seen, with a counter that begins at a random point (alloc.Raise). Of several servers one wins. That
-// is once in ten minutes, by what the store says and by what the witness remembers, because a store can be put back
-// twice; and not with few generations left. Otherwise an operator does it: nsalloc pool recover.
+// is once in ten minutes and six times in a row, by what the store says and by what the witness remembers, because a
+// store can be put back twice; and not with few generations left. Otherwise an operator does it: nsalloc pool recover.
 //
 // A server without a witness trusts nobody, and takes a generation first. There are two exceptions: the pool was made
 // a moment ago and nobody has done anything in it; or the server is new to the pool and all others say that the
@@ -73,7 +73,7 @@ type Seen struct {
 	Others map[string]Peer `json:"others,omitempty"`
 	// Due is what is owed before this server trusts its store.
 	Due Due `json:"due,omitempty"`
-	// Raised is when a server last took a generation by itself, as far as was seen: the store may have forgotten.
+	// Raised is the latest Pool.Raised that was seen: the store may have forgotten.
 	Raised time.Time `json:"raised,omitzero"`
 }
 

@@ -36,7 +36,8 @@ type Pool struct {
 	// Settled is the last generation of which every host has said what lives on it, or was waived; 0 when none was
 	// noted. See IsSettled.
 	Settled Generation `json:"settled,omitempty"`
-	// Raised is when a server last raised the generation by itself, by its clock; zero while none has.
+	// Raised says until when the generations are accounted for that servers have taken by themselves, RaiseEvery for
+	// each, by their clocks; zero while none has. It can be RaiseBurst times that ahead of now.
 	Raised time.Time `json:"raised,omitzero"`
 	// Created is when InitPool made the pool, by its clock; zero in pools of before.
 	Created time.Time `json:"created,omitzero"`

@@ -7,9 +7,29 @@ import (
 	"time"
 )
 
-// RaiseEvery is the least time between two generations that servers take by themselves: a mistake that repeats
-// itself must not use up the generations, of which there are 32,767.
-const RaiseEvery = 10 * time.Minute
+// Servers take one generation in RaiseEvery by themselves, and RaiseBurst in a row after a quiet hour: a mistake that
+// repeats itself must not use up the generations, of which there are 32,767, and an etcd whose members are upgraded one
+// after the other while a server is down must not stand still between them.
+const (
+	RaiseEvery = 10 * time.Minute
+	RaiseBurst = 6
+)
+
+// NotBefore is when servers may take the next generation by themselves, of what a pool, or a witness, has as Pool.Raised.
+func NotBefore(raised time.Time) time.Time {
+	if raised.IsZero() {
+		return raised
+	}
+	return raised.Add(-(RaiseBurst - 1) * RaiseEvery)
+}
+
+// raisedAt is Pool.Raised after one more generation.
+func raisedAt(raised, now time.Time) time.Time {
+	if raised.Before(now) {
+		raised = now
+	}
+	return raised.Add(RaiseEvery)
+}
 
 // Raise is the transaction by which a server that has asked all others takes generation to and opens the pool
 // in it. pool and counter are as they were read; both are compared. What is left of all ranges of earlier
@@ -17,11 +37,12 @@ const RaiseEvery = 10 * time.Minute
 // No serial that was issued is issued again: if to is later than all that anybody has seen, because nobody has
 // issued in it; otherwise by the odds of the random point at which its counter begins.
 //
-// now is when, by the server's clock (Pool.Raised).
+// now is when, by the server's clock; raisedBefore is the latest Pool.Raised that the server knows of, from its witness, or
+// from the pool. Whether it may be taken now is for the caller to ask (NotBefore).
 //
 // Errors: ErrPoolMissing; ErrExhausted when so few generations are left that only an operator may take one
 // (nsalloc pool recover); ErrInvalid for a generation that is not later than the pool's and its Target.
-func Raise(pool, counter Entry, to Generation, now time.Time) (Tx, error) {
+func Raise(pool, counter Entry, to Generation, raisedBefore, now time.Time) (Tx, error) {
 	p, err := poolOf(pool)
 	switch {
 	case err != nil:
@@ -33,7 +54,7 @@ func Raise(pool, counter Entry, to Generation, now time.Time) (Tx, error) {
 			Fix: "find out why the generation rises; an operator may take the next one: nsalloc pool recover"}
 	}
 	next := raised(p, to)
-	next.Raised = now
+	next.Raised = raisedAt(raisedBefore, now)
 	return Tx{
 		Guards: []Guard{{pool.Key, pool.Token}, {counter.Key, counter.Token}},
 		Put:    []Record{next, atStart(counter, to, randomStart())},

@@ -52,8 +52,8 @@ type HostsClient interface {
 	// Where the caller has seen more of the pool than its store knows, the store has lost history: a later generation, a
 	// later incarnation of this host in the pool's generation, a serial of that generation that the counter has not
 	// come to, or one that is spent and stands in what the host has to spend. The pool is closed then, and opens in a generation after all that was seen; the answer is
-	// POOL_RECOVERING. A caller that lies gets no further by it: servers begin one generation in ten minutes at
-	// most by themselves, and a generation more than 16 ahead of the pool's is INVALID_ARGUMENT.
+	// POOL_RECOVERING. A caller that lies gets no further by it: servers begin one generation in ten minutes by
+	// themselves, six in a row at most, and a generation more than 16 ahead of the pool's is INVALID_ARGUMENT.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.
 	// Errors: REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Hello(ctx context.Context, in *HelloRequest, opts ...grpc.CallOption) (*HelloResponse, error)
@@ -162,8 +162,8 @@ type HostsServer interface {
 	// Where the caller has seen more of the pool than its store knows, the store has lost history: a later generation, a
 	// later incarnation of this host in the pool's generation, a serial of that generation that the counter has not
 	// come to, or one that is spent and stands in what the host has to spend. The pool is closed then, and opens in a generation after all that was seen; the answer is
-	// POOL_RECOVERING. A caller that lies gets no further by it: servers begin one generation in ten minutes at
-	// most by themselves, and a generation more than 16 ahead of the pool's is INVALID_ARGUMENT.
+	// POOL_RECOVERING. A caller that lies gets no further by it: servers begin one generation in ten minutes by
+	// themselves, six in a row at most, and a generation more than 16 ahead of the pool's is INVALID_ARGUMENT.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.
 	// Errors: REQUEST_REUSED, REQUEST_EXPIRED, CONFLICT, OUTCOME_UNKNOWN.
 	Hello(context.Context, *HelloRequest) (*HelloResponse, error)
