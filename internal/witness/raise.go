@@ -107,7 +107,7 @@ func (s *Store) raise(ctx context.Context, l look, to alloc.Generation, why, fix
 	}
 	taken := tx.Put[0].(*alloc.Pool)
 	s.mu.Lock()
-	s.taking = taken.Nonce
+	s.taking = taking{taken.Nonce, s.connected}
 	s.mu.Unlock()
 	killpoint.At(killpoint.ServerGenerationCommitting)
 	_, err = s.Store.Commit(ctx, tx)

@@ -189,8 +189,8 @@ func TestRemovedComesBack(t *testing.T) {
 	w.open(2)
 }
 
-// TestConnectedWhileRaising: a connection that is made while a generation is taken is covered by it: it needs no other
-// one, which would have to wait for minutes.
+// TestConnectedWhileRaising: a connection that is made while the others are asked is covered by the generation that is
+// taken then: it needs no other one, which would have to wait for minutes.
 func TestConnectedWhileRaising(t *testing.T) {
 	w, x := newWorld(t, alloc.UnheardNewGeneration), issued{}
 	gone, stays := w.begin(w.p, t.TempDir(), "gone"), w.begin(w.p, t.TempDir(), "stays")
@@ -198,13 +198,10 @@ func TestConnectedWhileRaising(t *testing.T) {
 	x.take(t, stays, 1)
 	w.ends(gone)
 	var once sync.Once
-	w.p.afterCommit(func(tx alloc.Tx) {
-		for _, rec := range tx.Put {
-			if p, ok := rec.(*alloc.Pool); ok && p.Generation == 2 {
-				once.Do(stays.Connected)
-			}
-		}
-	})
+	stays.asks = func(ctx context.Context, address string, q alloc.Question) (alloc.Testimony, error) {
+		once.Do(stays.Connected)
+		return w.ask(ctx, address, q)
+	}
 	stays.Connected()
 	stays.looks()
 	x.take(t, stays, 1)

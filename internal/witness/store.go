@@ -41,7 +41,7 @@ type Store struct {
 	verified  uint64        // guarded by mu: what made was when the store was found sound
 	heard     uint64        // guarded by mu: what connected was when all others were heard
 	nonce     string        // guarded by mu: of the pool that was found sound
-	taking    string        // guarded by mu: of the generation that this server has taken, until it is found sound
+	taking    taking        // guarded by mu: the generation that this server has taken, until it is found sound
 	under     *verification // guarded by mu: the one under way, if any
 	trouble   error         // guarded by mu: why the last verification failed; nil when it did not
 	troubled  uint64        // guarded by mu: what made was when that one began
@@ -58,6 +58,12 @@ type Store struct {
 	// Of the verification under way.
 	ahead aheadOfClock
 	spoke spoken
+}
+
+// taking is a generation that this server takes: the pool's nonce in it, and what connected was before it was written.
+type taking struct {
+	nonce     string
+	connected uint64
 }
 
 // verification is one look at the store, which all share that wait for one.

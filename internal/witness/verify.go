@@ -83,10 +83,11 @@ func (s *Store) verifyOnce(ctx context.Context) (again bool, err error) {
 		due = DueNothing // a generation that nobody issued in whom this server had been
 	}
 	s.mu.Lock()
-	if s.taking != "" && s.taking == l.pool.Nonce {
-		// The generation is this server's own: whatever the others have seen was of earlier ones, and this look
-		// is at a store that has it. So no connection of before it needs to be asked about.
-		heard = connected
+	if s.taking.nonce != "" && s.taking.nonce == l.pool.Nonce {
+		// The generation is this server's own: whatever the others had seen by then was of earlier ones, and this
+		// look is at a store that has it. So no connection of before it needs to be asked about. One that was made
+		// since does: others may have issued in it, and the store have forgotten that.
+		heard = max(heard, s.taking.connected)
 	}
 	s.mu.Unlock()
 	others := seen.others(l.servers)
@@ -120,7 +121,7 @@ func (s *Store) verifyOnce(ctx context.Context) (again bool, err error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.verified, s.heard, s.nonce, s.said, s.taking = made, connected, l.pool.Nonce, "", ""
+	s.verified, s.heard, s.nonce, s.said, s.taking = made, connected, l.pool.Nonce, "", taking{}
 	return false, nil
 }
 
