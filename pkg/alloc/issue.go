@@ -138,7 +138,31 @@ func (s *Service) answered(ctx context.Context, id string, d Digest) (Ranges, er
 	if err := sameBody(id, found.Digest, d); err != nil {
 		return nil, err
 	}
+	if err := s.stillThere(ctx, entries); err != nil {
+		if ReasonOf(err) == ReasonConflict {
+			return nil, nil // it was swept, or the store put back: that is looked at with the others
+		}
+		return nil, err
+	}
 	return found.Ranges, nil
+}
+
+// stillThere has a write of this server's own come after the requests that were read, before they are acknowledged: its
+// witness does not know of them where another server has written them, or where the answer to its own write was lost,
+// and would not notice that the store forgets them. It writes nothing where nothing was found. ErrConflict when one of
+// them is not there any more.
+func (s *Service) stillThere(ctx context.Context, requests []Entry) error {
+	var found []Guard
+	for _, e := range requests {
+		if _, ok := e.Record.(*Request); ok && e.Err == nil {
+			found = append(found, Guard{e.Key, e.Token})
+		}
+	}
+	if len(found) == 0 {
+		return nil
+	}
+	_, err := s.store.Commit(ctx, Tx{Guards: found})
+	return err
 }
 
 // late is the answer to a call whose turn did not come.

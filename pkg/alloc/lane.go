@@ -233,6 +233,9 @@ func (l *lane) look(ctx context.Context, s *Service, c *calls) error {
 		l.begin()
 	}
 	l.Left = l.Left.in(pool.Generation)
+	if err := s.stillThere(ctx, entries[3:]); err != nil {
+		return err
+	}
 	for _, e := range entries[3:] {
 		a := c.open[e.Key.ID]
 		switch found, ok := e.Record.(*Request); {

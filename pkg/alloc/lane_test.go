@@ -299,8 +299,8 @@ func TestCounterBrokenAhead(t *testing.T) {
 	}
 }
 
-// TestRepeatedAlone: a request that is asked again, elsewhere, is answered without a transaction, and makes
-// those of nobody else conflict.
+// TestRepeatedAlone: a request that is asked again, elsewhere, is answered by a transaction that is about nothing else,
+// and makes those of nobody else conflict.
 func TestRepeatedAlone(t *testing.T) {
 	bubble(t, func(t *testing.T, p *alloctest.Pool, s *held) {
 		other := alloc.NewService(s, p.Clock.Now)
@@ -325,8 +325,8 @@ func TestRepeatedAlone(t *testing.T) {
 		ask(alloc.AllocateCommand{RequestID: p.Request(), Caller: "c", Count: 1}, nil)
 		release()
 		wg.Wait()
-		if _, now := s.Ops(); now != commits+2 {
-			t.Errorf("%d commits for two new requests", now-commits)
+		if _, now := s.Ops(); now != commits+3 {
+			t.Errorf("%d commits for two new requests and a repeated one", now-commits)
 		}
 		reused := cmd
 		reused.Count++
