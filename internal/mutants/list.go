@@ -79,7 +79,10 @@ var mutations = []mutation{
 	{"a server without a witness trusts its store", witnesses + "/verify.go", "		due = DueGeneration\n", "		due = DueNothing\n", witnesses, "TestNewServer"},
 	{"generations are taken one after the other", witnesses + "/raise.go", "	if !at.After(now) {", "	if true {", witnesses, "TestPutBack"},
 	{"a store that is put back forgets how many generations were taken", witnesses + "/raise.go", "[]time.Time{s.file.Seen().Raised, l.pool.Raised}", "[]time.Time{l.pool.Raised}", witnesses, "TestPutBack"},
-	{"a connection from while a generation was taken needs another one", witnesses + "/verify.go", "		heard = connected\n", "", witnesses, "TestConnectedWhileRaising"},
+	{"a connection from while a generation was taken needs another one", witnesses + "/verify.go", "		heard = max(heard, s.taking.connected)\n", "", witnesses, "TestConnectedWhileRaising"},
+	{"a generation covers the connections that were made since", witnesses + "/verify.go", "		heard = max(heard, s.taking.connected)\n", "		heard = connected\n", witnesses, "TestPutBackAfterRaising"},
+	{"a request that is read is acknowledged as it is", domain + "/lane.go", "	if err := s.stillThere(ctx, entries[3:]); err != nil {\n		return err\n	}\n", "", witnesses, "TestReadBack"},
+	{"a request that is asked again is acknowledged as it is", domain + "/issue.go", "	if err := s.stillThere(ctx, entries); err != nil {", "	if err := error(nil); err != nil {", witnesses, "TestReadBack"},
 
 	// What is read.
 	{"a history is read at two revisions", domain + "/history.go", "KindStint, from, limit, at)", "KindStint, from, limit, 0)", domain, "TestHistoryWhileItMoves"},
