@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -360,5 +361,30 @@ func TestAgentIsWitness(t *testing.T) {
 			h.keepsSerials(c.pid, before)
 			h.consistent()
 		})
+	}
+}
+
+// TestCommittedIsNoted: what can be seen to be committed is on the host's disk by then: if the store forgets it, and the
+// agent dies at once, the next one knows.
+func TestCommittedIsNoted(t *testing.T) {
+	h := newHost(t)
+	p := spawn(t, unix.CLONE_NEWNET, "/proc/self/exe", roleVar+"=unsharer")
+	h.serials(p.pid)
+	for range 10 {
+		if p.tell("uts") != "true" {
+			t.Fatal("unshare uts failed")
+		}
+		serial := h.serials(p.pid)[alloc.UTS].binding.Serial
+		l, _, err := readLedger(h.state.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		known, err := l.book(h.state.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.book.isProvisional(serial) || !slices.ContainsFunc(known, func(s *alloc.Sandbox) bool { _, ok := s.Binding(serial); return ok }) {
+			t.Errorf("%s is committed, and the ledger does not have it", serial)
+		}
 	}
 }

@@ -42,7 +42,7 @@ func (b *book) put(host string, s *alloc.Sandbox) {
 // set is put for the holder of mu.
 func (b *book) set(host string, s *alloc.Sandbox) {
 	b.drop(s.Serial)
-	if s.Owner != host || s.State == alloc.StateEnded || s.State == alloc.StateInTransit {
+	if !ours(host, s) {
 		return
 	}
 	b.sandboxes[s.Serial] = s
@@ -54,6 +54,11 @@ func (b *book) set(host string, s *alloc.Sandbox) {
 			b.byKernel[bd.Kernel.Key(bd.Type)] = place{s.Serial, bd}
 		}
 	}
+}
+
+// ours reports whether a sandbox is in the book of a host.
+func ours(host string, s *alloc.Sandbox) bool {
+	return s.Owner == host && s.State != alloc.StateEnded && s.State != alloc.StateInTransit
 }
 
 // drop forgets a sandbox; by the holder of mu.

@@ -78,10 +78,15 @@ func (r *registrar) newLife() {
 // keep writes the ledger where it has changed; by the holder, before the turn is given back. Where it cannot be,
 // it is tried again after the next turn: what is provisional is on disk by then (append).
 func (r *registrar) keep() {
-	if !r.disk.changed {
-		return
+	if r.disk.changed {
+		r.note()
 	}
-	switch err := r.save(r.pending); {
+}
+
+// note writes the ledger, with what the pool has just committed in it: before the book has that, and so before
+// anybody can be told that it is committed. If the store forgets it, this is who remembers. By the holder.
+func (r *registrar) note(committed ...*alloc.Sandbox) {
+	switch err := r.save(r.pending, committed...); {
 	case err == nil:
 		r.disk.trouble = ""
 	case r.disk.trouble != err.Error():
@@ -90,8 +95,8 @@ func (r *registrar) keep() {
 	}
 }
 
-// save makes the ledger durable with pending in it; by the holder.
-func (r *registrar) save(pending []entry) error {
+// save makes the ledger durable with pending in it, and with what is committed and not in the book yet; by the holder.
+func (r *registrar) save(pending []entry, committed ...*alloc.Sandbox) error {
 	if r.id.Incarnation == 0 {
 		return nil // nothing was ever granted
 	}
@@ -103,19 +108,35 @@ func (r *registrar) save(pending []entry) error {
 	}
 	slices.Sort(l.Burned)
 	raw := map[*alloc.Sandbox]json.RawMessage{}
-	for _, s := range r.a.book.all() {
-		if r.a.book.isProvisional(s.Serial) || r.a.book.isAbsent(s) {
-			continue
-		}
+	add := func(s *alloc.Sandbox, provisional func(alloc.Serial) bool) error {
 		sandbox, ok := r.disk.raw[s]
 		if !ok {
 			var err error
-			if sandbox, err = noted(s, r.a.book.isProvisional); err != nil {
+			if sandbox, err = noted(s, provisional); err != nil {
 				return err
 			}
 		}
 		raw[s] = sandbox
 		l.Sandboxes = append(l.Sandboxes, sandbox)
+		return nil
+	}
+	newer := map[alloc.Serial]bool{}
+	for _, s := range committed {
+		newer[s.Serial] = true
+		if !ours(r.a.cfg.Host, s) {
+			continue
+		}
+		if err := add(s, func(alloc.Serial) bool { return false }); err != nil {
+			return err
+		}
+	}
+	for _, s := range r.a.book.all() {
+		if newer[s.Serial] || r.a.book.isProvisional(s.Serial) || r.a.book.isAbsent(s) {
+			continue
+		}
+		if err := add(s, r.a.book.isProvisional); err != nil {
+			return err
+		}
 	}
 	r.disk.raw = raw
 	body, err := json.Marshal(&l)
@@ -275,6 +296,7 @@ func (r *registrar) commitBatch(ctx context.Context, batch []entry) error {
 	}
 	r.pending = r.pending[len(batch):]
 	r.spent(left)
+	r.note(out...)
 	r.a.book.commit(r.a.cfg.Host, out, r.pending)
 	for _, e := range batch {
 		r.a.tally.numbered(e.New, len(e.Add))

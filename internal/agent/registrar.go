@@ -390,6 +390,7 @@ func (r *registrar) register(ctx context.Context, spend alloc.Ranges, items ...a
 		return nil, r.failed(err)
 	}
 	r.spent(left)
+	r.note(out...)
 	r.a.book.commit(r.a.cfg.Host, out, nil)
 	return out, nil
 }
@@ -400,7 +401,8 @@ func (r *registrar) moved(h alloc.Handoff, err error) error {
 		return r.failed(err)
 	}
 	s := h.Sandbox
-	r.a.book.put(r.a.cfg.Host, &s)
 	r.disk.changed = true
+	r.note(&s)
+	r.a.book.put(r.a.cfg.Host, &s)
 	return nil
 }
