@@ -11,7 +11,7 @@ import (
 // raise it.
 //
 //	the store's epoch   its state             next      what else
-//	lower               any                   running   the host's epoch; an open checkpoint, or the one that it was made from, is consumed
+//	lower               any                   running   the host's epoch; a checkpoint that is open, or claimed, or that it was made from, is consumed
 //	the same            running, dumped       as it is  the host's bindings
 //	the same            claimed               running   consumed: the bind was acknowledged and forgotten
 //	the same            in_transit, ended     refused   its tree was seen dead in that epoch
@@ -53,9 +53,9 @@ func (e Again) next(h *Handoff, at Moment) error {
 		c.State, c.Consumed = CheckpointConsumed, at.Now
 	case s.Epoch < e.Epoch:
 		made := e.Checkpoint != 0 && e.Checkpoint == s.Checkpoint
-		if c != nil && (made || c.State == CheckpointOpen) {
+		if c != nil && (made || c.State == CheckpointOpen || s.State == StateClaimed) {
 			// An epoch is raised through the current checkpoint: whichever one this tree was made from, nobody
-			// goes on from this one as the sandbox any more.
+			// goes on from this one as the sandbox any more. A claim of it may have been bound.
 			c.State, c.Consumed = CheckpointConsumed, at.Now
 			if c.Claimant != nil && c.Claimant.Host != e.Host {
 				c.Claimant = nil
