@@ -364,6 +364,34 @@ func TestAgentIsWitness(t *testing.T) {
 	}
 }
 
+// TestAbsentIsNotHere: what the pool says is here, of before its generation and not registered again, does not stand for
+// the namespaces that have its identities by now, and the ledger does not have it.
+func TestAbsentIsNotHere(t *testing.T) {
+	ns := alloc.KernelID{BootID: alloctest.BootID(1), Inode: 7, Weak: true}
+	sandbox := func(serial alloc.Serial, again alloc.Generation) *alloc.Sandbox {
+		return &alloc.Sandbox{Serial: serial, State: alloc.StateRunning, Owner: "a", Epoch: 1<<48 | 1, Again: again, Bindings: []alloc.Binding{{Serial: serial + 1, Type: alloc.Net, Kernel: ns}}}
+	}
+	for _, list := range [][]*alloc.Sandbox{
+		{sandbox(1<<48|10, 2), sandbox(1<<48|20, 0)},
+		{sandbox(1<<48|10, 0), sandbox(1<<48|20, 2)},
+	} {
+		b := newBook()
+		b.replace("a", list, nil, 2)
+		for _, s := range list {
+			if b.isAbsent(s) != (s.Again == 0) || b.sandbox(s.Serial) == nil {
+				t.Errorf("%+v: absent %v", s, b.isAbsent(s))
+			}
+			if p, ok := b.find(alloc.Net, ns); s.Again == 2 && (!ok || p.sandbox != s.Serial) {
+				t.Errorf("the namespace is in sandbox %s, want %s", p.sandbox, s.Serial)
+			}
+		}
+		b.replace("a", list[:1], nil, 0) // of the ledger: all of it is here
+		if _, ok := b.find(alloc.Net, ns); !ok {
+			t.Error("what the ledger has is not here")
+		}
+	}
+}
+
 // TestCommittedIsNoted: what can be seen to be committed is on the host's disk by then: if the store forgets it, and the
 // agent dies at once, the next one knows.
 func TestCommittedIsNoted(t *testing.T) {

@@ -55,6 +55,7 @@ func TestService(t *testing.T, factory func(t *testing.T) Planter) {
 		{"AgainDumped", testAgainDumped},
 		{"AgainLost", testAgainLost},
 		{"AgainBindings", testAgainBindings},
+		{"AgainDead", testAgainDead},
 		{"AgainLate", testAgainLate},
 		{"AgainRefuses", testAgainRefuses},
 		{"HelloOfOneThatHasSeenMore", testSeen},

@@ -257,6 +257,7 @@ func testAgainBindings(t *testing.T, p *Pool) {
 		got := p.sandbox(t, want.Serial)
 		if len(got.Bindings) != len(want.Bindings) || !reflect.DeepEqual(answers[i].Sandbox, got) {
 			t.Errorf("it came back as %+v, answered as %+v; it was %+v", got, answers[i].Sandbox, want)
+			continue
 		}
 		for j, b := range got.Bindings {
 			if w := want.Bindings[j]; b.Serial != w.Serial || b.Kernel != w.Kernel || !b.Live() || !b.Bound.Equal(w.Bound) {
@@ -270,6 +271,19 @@ func testAgainBindings(t *testing.T, p *Pool) {
 	// Said once, it stays what it is when it is said late.
 	if got := p.sandbox(t, sb.Serial); got.Again != p.generation() {
 		t.Errorf("it is %+v", got)
+	}
+}
+
+// testAgainDead: of what the store has in a sandbox and its host has not, the serials stay taken, and nothing lives.
+func testAgainDead(t *testing.T, p *Pool) {
+	a := p.Agent("a")
+	sb := a.Sandbox()
+	then := p.Snapshot()
+	out := register(t, p, alloc.RegisterCommand{Mutation: a.Mutation(), Items: []alloc.RegisterItem{{Sandbox: sb.Serial, Epoch: sb.Epoch, Gone: []alloc.Serial{sb.Bindings[1].Serial}}}})
+	p.PutBack(then)
+	got := done(t, a.Return(out[0]))
+	if len(got.Bindings) != 2 || !got.Bindings[0].Live() || got.Bindings[1].Live() || got.Bindings[1].Serial != sb.Bindings[1].Serial {
+		t.Errorf("it came back as %+v", got.Bindings)
 	}
 }
 
