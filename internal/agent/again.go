@@ -15,22 +15,24 @@ import (
 const maxAgainBindings = 4096
 
 // owned reads the pool's records for this host. In a generation that the host has not been in before, it says first
-// what the host has: what is read after that is what the pool has made of it. By the registrar's holder.
-func (r *registrar) owned(ctx context.Context, host *alloc.Host, pool *alloc.Pool) ([]*alloc.Sandbox, error) {
+// what the host has: what is read after that is what the pool has made of it. g is the generation in which the records
+// say what lives here, 0 where nobody was asked in it: then they are believed. By the registrar's holder.
+func (r *registrar) owned(ctx context.Context, host *alloc.Host, pool *alloc.Pool) (list []*alloc.Sandbox, g alloc.Generation, err error) {
 	a := r.a
 	owned, err := a.pool.Owned(ctx, a.cfg.Host)
 	if err != nil || pool.Generation <= 1 || host.Settled >= pool.Generation {
-		return owned, err
+		return owned, pool.Generation, err
 	}
 	err = r.registerAgain(ctx, host, pool, owned)
 	if status.Code(err) == codes.Unimplemented {
 		a.log.Warn("the server is of a version that knows nothing of registering again: what its store has forgotten gets fresh serials", "generation", pool.Generation)
-		return owned, nil
+		return owned, 0, nil
 	}
 	if err != nil {
-		return nil, r.failed(err)
+		return nil, 0, r.failed(err)
 	}
-	return a.pool.Owned(ctx, a.cfg.Host)
+	list, err = a.pool.Owned(ctx, a.cfg.Host)
+	return list, pool.Generation, err
 }
 
 // registerAgain says what lives on this host, until everything is said. Dying on any line of it leaves a host
@@ -114,7 +116,9 @@ func (a *Agent) toRegisterAgain(ctx context.Context, g alloc.Generation, owned [
 			known = append(known, s)
 		}
 	}
-	if !a.registrar.known {
+	if a.registrar.known {
+		known = sinceLedger(known, owned, a.cfg.Host, a.registrar.seen.Spent)
+	} else {
 		known = append(known, owned...) // the state was lost
 	}
 	var items []alloc.AgainItem
@@ -124,7 +128,7 @@ func (a *Agent) toRegisterAgain(ctx context.Context, g alloc.Generation, owned [
 		}
 		it := alloc.AgainItem{Sandbox: s.Serial, Epoch: s.Epoch, Labels: s.Labels, OfHost: s.OfHost, Checkpoint: s.Checkpoint, Parent: s.Parent, Created: s.Created}
 		for _, b := range s.Bindings {
-			if !a.book.isProvisional(b.Serial) && b.Live() && l.take(b) {
+			if _, committed := places[b.Serial]; (committed || !a.book.isProvisional(b.Serial)) && b.Live() && l.take(b) {
 				b.Extra = nil
 				it.Bindings = append(it.Bindings, b)
 			}
@@ -138,6 +142,36 @@ func (a *Agent) toRegisterAgain(ctx context.Context, g alloc.Generation, owned [
 		items = append(items, it)
 	}
 	return items, nil
+}
+
+// sinceLedger is known with what the pool has numbered here from what the ledger takes for unspent: the agent died, or
+// its disk took nothing more, between that and the ledger. A host spends its serials in their order, so that of what began
+// here those after spent are newer than the ledger; what is older and not in it is over, or elsewhere.
+func sinceLedger(known, owned []*alloc.Sandbox, host string, spent alloc.Serial) []*alloc.Sandbox {
+	at := map[alloc.Serial]int{}
+	for i, s := range known {
+		at[s.Serial] = i
+	}
+	for _, s := range owned {
+		if len(s.Stints) != 1 || s.Stints[0].Host != host || s.Stints[0].Began == alloc.BeganAgain {
+			continue // it may have serials of other hosts
+		}
+		i, ok := at[s.Serial]
+		switch {
+		case !ok && s.Serial > spent:
+			known = append(known, s)
+		case ok:
+			more := *known[i]
+			more.Bindings = slices.Clone(more.Bindings)
+			for _, b := range s.Bindings {
+				if _, has := more.Binding(b.Serial); !has && b.Serial > spent {
+					more.Bindings = append(more.Bindings, b)
+				}
+			}
+			known[i] = &more
+		}
+	}
+	return known
 }
 
 // partedFrom are the sandboxes in whose records the pool has serials of an item: the namespaces parted from them, and

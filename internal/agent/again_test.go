@@ -416,3 +416,62 @@ func TestCommittedIsNoted(t *testing.T) {
 		}
 	}
 }
+
+// TestForgetsBeforeLedger: what was committed when the agent died, and is not in its ledger, keeps its serials in a
+// new generation: the pool knows it, and it was numbered from what the ledger says is left.
+func TestForgetsBeforeLedger(t *testing.T) {
+	h := newHost(t)
+	early := container(t, containerFlags)
+	before := map[int]map[alloc.NamespaceType]alloc.Serial{early.pid: serialsOf(h.serials(early.pid))}
+	h.consistent()
+	if err := h.stop(); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(h.dir, "state", ledgerFile)
+	old, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	late := container(t, containerFlags)
+	before[late.pid] = serialsOf(h.serials(late.pid))
+	h.consistent()
+	if err := h.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, old, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	g := h.putBack(h.snapshot())
+	h.start()
+	h.hasSettled(g)
+	for pid, serials := range before {
+		h.keepsSerials(pid, serials)
+	}
+	h.consistent()
+}
+
+// TestRaisedByOlderServer: a server that knows nothing of registering again is asked by an agent that does: nothing is
+// renumbered.
+func TestRaisedByOlderServer(t *testing.T) {
+	h := newHost(t)
+	c := container(t, containerFlags)
+	before := serialsOf(h.serials(c.pid))
+	h.consistent()
+	h.pool.withoutAgain(true)
+	g := h.putBack(h.snapshot())
+	h.eventually("its agent is in the generation", func() error {
+		if pool := h.poolRec.Load(); pool == nil || pool.Generation != g {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	fresh := container(t, containerFlags)
+	h.serials(fresh.pid) // there was a sweep
+	h.keepsSerials(c.pid, before)
+	h.pool.withoutAgain(false)
+	h.registrar.stale.Store(true)
+	h.hasSettled(g)
+	h.keepsSerials(c.pid, before)
+	h.consistent()
+}

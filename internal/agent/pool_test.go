@@ -6,6 +6,9 @@ import (
 	"sync"
 	"testing"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	"github.com/nsalloc/nsalloc/internal/memstore"
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 	"github.com/nsalloc/nsalloc/pkg/alloc/alloctest"
@@ -25,6 +28,7 @@ type testPool struct {
 	ids       map[string][]string // guarded by mu: request ids by method
 	first     map[string]func()   // guarded by mu: done once, before the method's next call
 	storeAway bool                // guarded by mu: servers answer from their view, and nothing else
+	noAgain   bool                // guarded by mu: the server does not know RegisterAgain
 	older     bool                // guarded by mu: the server does not know what a claim's CRIU executes
 	// refuse decides against a registration; guarded by mu.
 	refuse func(alloc.RegisterCommand) error
@@ -157,7 +161,20 @@ func (p *testPool) Register(ctx context.Context, cmd alloc.RegisterCommand) (lis
 	return list, left, err
 }
 
+// withoutAgain makes its server one of before there was RegisterAgain, or not.
+func (p *testPool) withoutAgain(yes bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.noAgain = yes
+}
+
 func (p *testPool) RegisterAgain(ctx context.Context, cmd alloc.AgainCommand) (answers []alloc.AgainAnswer, err error) {
+	p.mu.Lock()
+	no := p.noAgain
+	p.mu.Unlock()
+	if no {
+		return nil, status.Error(codes.Unimplemented, "unknown method RegisterAgain")
+	}
 	err = p.call(ctx, "RegisterAgain", func(id string) error {
 		cmd.RequestID = id
 		answers, err = p.svc.RegisterAgain(ctx, cmd)

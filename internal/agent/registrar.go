@@ -162,7 +162,7 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 		killpoint.At(killpoint.AgentNewLifeRecorded)
 		return r.joinHeld(ctx) // with a nonce that nobody has a copy of
 	}
-	owned, err := r.owned(ctx, host, pool)
+	owned, g, err := r.owned(ctx, host, pool)
 	if err != nil {
 		return err
 	}
@@ -180,7 +180,7 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 	}
 	a.poolRec.Store(pool)
 	r.reconcile(owned)
-	a.book.replace(a.cfg.Host, owned, r.pending, pool.Generation)
+	a.book.replace(a.cfg.Host, owned, r.pending, g)
 	r.known = true
 	r.stale.Store(false)
 	now := time.Now()
