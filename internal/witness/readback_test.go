@@ -2,6 +2,7 @@ package witness
 
 import (
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -98,5 +99,36 @@ func TestPutBackAfterRaising(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestManyServers: a pool takes as many servers as the others can remember; those that were removed do not count, while
+// one read gives all records.
+func TestManyServers(t *testing.T) {
+	for name, c := range map[string]struct {
+		listed, removed int
+		says            string
+	}{
+		"one more":            {alloc.MaxServers - 1, 500, ""},
+		"as many as it takes": {alloc.MaxServers, 0, "nsalloc server remove NAME"},
+		"names are used up":   {0, 1000 - alloc.MaxServers, "--name gone"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, alloc.UnheardNewGeneration)
+			for n := range c.listed + c.removed {
+				rec := &alloc.Server{Name: fmt.Sprintf("gone%d", n), Incarnation: 1, Nonce: "n", Removed: 1}
+				if n < c.listed {
+					rec.Removed = 0
+				}
+				if _, err := w.p.Commit(t.Context(), alloc.Tx{Put: []alloc.Record{rec}}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			l := w.begin(w.p, t.TempDir(), "new")
+			_, err := l.allocate(t, 1)
+			if c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {
+				t.Errorf("a new one: %v", err)
+			}
+		})
 	}
 }

@@ -13,6 +13,9 @@ import (
 // verifyWithin bounds one verification: what the store may take, and twice asking the others.
 const verifyWithin = 4 * patience
 
+// maxServerRecords is how many servers' records one look reads.
+const maxServerRecords = 1000
+
 // looksMost is how often one verification looks at the store anew because of what it has done there itself.
 const looksMost = 5
 
@@ -151,7 +154,7 @@ func (s *Store) look(ctx context.Context, seen Seen) (l look, err error) {
 	if entries[1].Err != nil {
 		l.counter = &alloc.Counter{Generation: seen.Generation, Next: seen.Counter} // check and mend have that
 	}
-	servers, _, err := s.Store.List(ctx, alloc.KindServer, "", 1000, 0)
+	servers, _, err := s.Store.List(ctx, alloc.KindServer, "", maxServerRecords, 0)
 	if err != nil {
 		return l, err
 	}
@@ -200,9 +203,8 @@ func (s *Store) begin(ctx context.Context, l look, nonce string) error {
 	life := alloc.Server{Name: s.name, Incarnation: 1, Nonce: newNonce(), Started: s.now(), Address: s.address, Asked: nonce}
 	if l.server != nil {
 		life.Incarnation, life.Removed, life.Extra = max(l.server.Incarnation, l.server.Removed)+1, l.server.Removed, l.server.Extra
-	} else if len(l.servers) >= alloc.MaxServers {
-		return &alloc.Error{Reason: alloc.ReasonInvalid, Subject: "server " + s.name, Msg: fmt.Sprintf("the pool has %d servers, and takes no more", len(l.servers)),
-			Fix: "run this one in the place of another, with that one's directory"}
+	} else if err := s.room(l.servers); err != nil {
+		return err
 	}
 	killpoint.At(killpoint.ServerLifeCommitting)
 	_, err := s.Store.Commit(ctx, alloc.Tx{
@@ -230,6 +232,31 @@ func (s *Store) begin(ctx context.Context, l look, nonce string) error {
 	s.server, s.all, s.free = life, nil, nil
 	s.log.InfoContext(ctx, "this server's life in the pool begins", "server", s.name, "life", life.Incarnation, "generation", l.pool.Generation)
 	return nil
+}
+
+// room refuses one more server where the pool has as many as the others can remember, or as many records, which stay
+// of those that were removed, as one read gives.
+func (s *Store) room(servers []*alloc.Server) error {
+	listed, removed := 0, ""
+	for _, rec := range servers {
+		if rec.Listed() {
+			listed++
+		} else {
+			removed = rec.Name
+		}
+	}
+	e := &alloc.Error{Reason: alloc.ReasonInvalid, Subject: "server " + s.name}
+	switch {
+	case listed >= alloc.MaxServers:
+		e.Msg = fmt.Sprintf("the pool has %d servers, and takes no more", listed)
+		e.Fix = "remove those that are gone for good: nsalloc server list, nsalloc server remove NAME"
+	case len(servers) >= maxServerRecords-alloc.MaxServers: // others may begin at the same time
+		e.Msg = fmt.Sprintf("the pool has records of %d servers, also of those that were removed, and takes no new name", len(servers))
+		e.Fix = "give this one an empty --data-dir and the name of one that was removed: --name " + removed
+	default:
+		return nil
+	}
+	return e
 }
 
 // announce writes into this server's record what the others are asked under, and nothing else: of a store that
