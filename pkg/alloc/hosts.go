@@ -58,10 +58,11 @@ func (c HelloCommand) validate() error {
 // nothing that it would have to register again. Any other one is as settled as its record says.
 //
 // An agent that has seen more than the store knows shows that the store was put back: a later generation of the
-// pool, a later incarnation of its host in the pool's generation, a serial of that generation that the counter
-// has not come to, or that is spent and stands in the host's ranges. Then the pool is closed (recovering), to be opened in a generation after all that was seen, and
-// the answer is ErrRecovering. That is all that an agent which lies can do by it; servers begin one generation in ten
-// minutes at most by themselves, and a generation that is more than 16 ahead of the pool's is refused as invalid.
+// pool, a later incarnation of its host in the pool's generation, a serial of that generation that the counter has not
+// come to, or that is spent and stands in the host's ranges. Then the pool is closed (recovering), to be opened in a
+// generation after all that was seen, and the answer is ErrRecovering. That is all that an agent which lies can do by
+// it; how often servers begin a generation by themselves is bounded (RaiseEvery, RaiseBurst), and one that is more than
+// 16 ahead of the pool's is refused as invalid.
 //
 // Committed when it returns: incarnation, nonce, boot id, labels. Errors: ErrInvalid, ErrPoolMissing
 // (the state is of another pool), ErrStaleIncarnation (a newer life has said Hello since this request),
