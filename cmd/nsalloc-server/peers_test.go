@@ -26,7 +26,9 @@ func TestTwoServers(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer st.Close()
-	if _, err := alloc.NewService(st, func() time.Time { return time.Now().Add(-time.Hour) }).InitPool(t.Context(), alloc.DefaultPolicy()); err != nil {
+	policy := alloc.DefaultPolicy()
+	policy.UnheardWitness = alloc.UnheardWait
+	if _, err := alloc.NewService(st, func() time.Time { return time.Now().Add(-time.Hour) }).InitPool(t.Context(), policy); err != nil {
 		t.Fatal(err)
 	}
 	dirs := map[string]string{"one": tempDir(t), "two": tempDir(t)}
@@ -73,7 +75,7 @@ func TestTwoServers(t *testing.T) {
 	if took := time.Since(began); took > 3*time.Second {
 		t.Errorf("it took %v to restart", took)
 	}
-	// One that is gone is missed; the last generation is a moment old, and so nothing is issued.
+	// One that is gone is waited for, as the policy says.
 	if err := errors.Join(p1.stop(), p2.stop()); err != nil {
 		t.Fatal(err)
 	}
