@@ -298,6 +298,15 @@ func reusePID() error {
 		if heir.PID == old.PID && heir.StartTime != old.StartTime {
 			break
 		}
+		if heir.PID != old.PID { // a thread of this program has the number, and keeps it: on with this one's
+			if err := unix.Close(bound); err != nil {
+				return err
+			}
+			if bound, err = k.openDir(heir.PID); err != nil {
+				return err
+			}
+			old = heir
+		}
 	}
 	defer end(c)
 	if _, err := readStat(bound, nil); !errors.Is(err, unix.ESRCH) {
