@@ -25,7 +25,7 @@ BESIDE := e2e unit store fuzz-short
 STORE  := $(addsuffix /...,$(wildcard ./internal/etcd*))
 
 # command:package. What the test hosts need, internal/testhost installs by itself.
-NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables
+NEEDS := git:git gcc:gcc gcc:libc6-dev ip:iproute2 iptables:iptables mkfs.ext4:e2fsprogs
 
 .PHONY: help build test demo deps lint generate check-generated unit store fuzz-short fuzz e2e kill-matrix faults rollback mutants bench bench-deps bench-hooks clean
 .PHONY: $(COMMANDS)
