@@ -196,6 +196,46 @@ func (a *Agent) partedFrom(ctx context.Context, it alloc.AgainItem, places map[a
 	return from, nil
 }
 
+// compare holds the book against what the pool says is ours, before that takes its place; by the holder. One that the
+// pool has in an older epoch than we had it in shows a store that has lost history, and nobody may have noticed: the
+// next Hello says so, and the book stays. One that the pool does not know any more was put aside by an operator: what
+// lives of it is nobody's from here on, so that the next sweep registers it anew, and that is said loudly.
+func (r *registrar) compare(ctx context.Context, owned []*alloc.Sandbox, pool *alloc.Pool) error {
+	a := r.a
+	now := map[alloc.Serial]*alloc.Sandbox{}
+	for _, s := range owned {
+		now[s.Serial] = s
+	}
+	for _, s := range a.book.all() {
+		if a.book.isProvisional(s.Serial) || a.book.isAbsent(s) {
+			continue
+		}
+		found := now[s.Serial]
+		if found == nil {
+			var err error
+			found, _, err = a.pool.Sandbox(ctx, s.Serial)
+			// Its serial can be of another sandbox as well: a clash is what was mended.
+			if notThere(err) || err == nil && found.Serial != s.Serial {
+				a.log.Error("the pool does not know a sandbox of this host any more: it was put aside (nsalloc mend); what lives of it gets fresh serials",
+					"sandbox", s.Serial, "namespaces", len(s.Bindings), "command", s.Labels["command"])
+				continue
+			}
+			if unreached(err) {
+				return err
+			}
+			if err != nil {
+				continue // nobody can read it; check names it
+			}
+		}
+		if found.Epoch < s.Epoch && pool.Generation == r.seen.Generation {
+			r.seen.Sandbox, r.seen.Epoch = s.Serial, s.Epoch
+			return &alloc.Error{Reason: alloc.ReasonRecovering, Subject: "sandbox " + s.Serial.String(),
+				Msg: "this host has had it in epoch " + s.Epoch.String() + ", and the pool has it in epoch " + found.Epoch.String() + ": its store has lost history"}
+		}
+	}
+	return nil
+}
+
 // living tells which namespaces live, each once: an identity may be used again by the kernel.
 type living struct {
 	a     *Agent

@@ -322,7 +322,13 @@ func TestForgetsStateLost(t *testing.T) {
 // TestAgentIsWitness: the store was put back and nobody has noticed. The agent says what it has seen, the pool closes,
 // and in its next generation everything is as it was.
 func TestAgentIsWitness(t *testing.T) {
+	var images string
 	for name, since := range map[string]func(h *host){
+		"moved": func(h *host) { // and no serial was spent for it
+			c, _ := h.restored(images)
+			c.end()
+			h.settled()
+		},
 		"spent": func(h *host) { h.serials(container(h.t, unix.CLONE_NEWNET).pid) },
 		"life": func(h *host) {
 			life := h.registrar.life.Load()
@@ -343,6 +349,7 @@ func TestAgentIsWitness(t *testing.T) {
 			h := newHost(t)
 			c := container(t, containerFlags)
 			before := serialsOf(h.serials(c.pid))
+			images = h.moved().images
 			h.consistent()
 			then := h.snapshot()
 			since(h)

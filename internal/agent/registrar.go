@@ -166,9 +166,11 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	a.sayPutAside(ctx, owned)
+	if err := r.compare(ctx, owned, pool); err != nil {
+		return err
+	}
 	r.id = id
-	r.seen.Generation = pool.Generation
+	r.seen.Generation, r.seen.Sandbox, r.seen.Epoch = pool.Generation, 0, 0
 	r.joins++
 	r.life.Store(uint64(id.Incarnation))
 	r.usable.Store(true)
@@ -219,25 +221,6 @@ func (r *registrar) age() time.Duration {
 		return time.Since(*at)
 	}
 	return math.MaxInt64
-}
-
-// sayPutAside says loudly which sandboxes of the book the pool does not know any more: an operator put them
-// aside. What lives of them is nobody's from here on, so that the next sweep registers it anew.
-func (a *Agent) sayPutAside(ctx context.Context, owned []*alloc.Sandbox) {
-	still := map[alloc.Serial]bool{}
-	for _, s := range owned {
-		still[s.Serial] = true
-	}
-	for _, s := range a.book.all() {
-		if still[s.Serial] || a.book.isProvisional(s.Serial) {
-			continue
-		}
-		// Its serial can be of another sandbox as well: a clash is what was mended.
-		if found, _, err := a.pool.Sandbox(ctx, s.Serial); notThere(err) || err == nil && found.Serial != s.Serial {
-			a.log.Error("the pool does not know a sandbox of this host any more: it was put aside (nsalloc mend); what lives of it gets fresh serials",
-				"sandbox", s.Serial, "namespaces", len(s.Bindings), "command", s.Labels["command"])
-		}
-	}
 }
 
 // notThere reports whether the pool has answered that it has no such sandbox.

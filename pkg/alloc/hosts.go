@@ -29,6 +29,9 @@ type Seen struct {
 	// Spent is a serial before all that the host had left to spend when it heard last: those up to it, of its
 	// generation, are spent or burned. 0 for none.
 	Spent Serial `json:"spent,omitempty"`
+	// Sandbox is one that the store has in an older epoch than Epoch, in which the host has had it; 0 for none.
+	Sandbox Serial `json:"sandbox,omitempty"`
+	Epoch   Epoch  `json:"epoch,omitempty"`
 }
 
 // maxAhead is by how many generations an agent can have seen more than the store, so that one that lies, or
@@ -59,10 +62,10 @@ func (c HelloCommand) validate() error {
 //
 // An agent that has seen more than the store knows shows that the store was put back: a later generation of the
 // pool, a later incarnation of its host in the pool's generation, a serial of that generation that the counter has not
-// come to, or that is spent and stands in the host's ranges. Then the pool is closed (recovering), to be opened in a
-// generation after all that was seen, and the answer is ErrRecovering. That is all that an agent which lies can do by
-// it; how often servers begin a generation by themselves is bounded (RaiseEvery, RaiseBurst), and one that is more than
-// 16 ahead of the pool's is refused as invalid.
+// come to, or that is spent and stands in the host's ranges, or a later epoch of a sandbox. Then the pool is closed
+// (recovering), to be opened in a generation after all that was seen, and the answer is ErrRecovering. That is all that
+// an agent which lies can do by it; how often servers begin a generation by themselves is bounded (RaiseEvery,
+// RaiseBurst), and one that is more than 16 ahead of the pool's is refused as invalid.
 //
 // Committed when it returns: incarnation, nonce, boot id, labels. Errors: ErrInvalid, ErrPoolMissing
 // (the state is of another pool), ErrStaleIncarnation (a newer life has said Hello since this request),
@@ -81,7 +84,11 @@ func (s *Service) Hello(ctx context.Context, cmd HelloCommand) (*Host, *Pool, er
 	var host *Host
 	var pool *Pool
 	err = settle(ctx, func() (bool, error) {
-		entries, _, err := s.store.Get(ctx, Key{Kind: KindPool}, HostKey(cmd.Host), Key{Kind: KindCounter})
+		keys := []Key{{Kind: KindPool}, HostKey(cmd.Host), {Kind: KindCounter}}
+		if cmd.Seen.Sandbox != 0 {
+			keys = append(keys, SandboxKey(cmd.Seen.Sandbox))
+		}
+		entries, _, err := s.store.Get(ctx, keys...)
 		if err == nil {
 			err = readable(entries[:2])
 		}
@@ -94,7 +101,7 @@ func (s *Service) Hello(ctx context.Context, cmd HelloCommand) (*Host, *Pool, er
 		if pool, err = openPool(entries[0]); err != nil {
 			return false, err
 		}
-		entries = entries[:2] // the counter was only looked at
+		entries = entries[:2] // the others were only looked at
 		known, ok := entries[1].Record.(*Host)
 		if !ok {
 			known = &Host{Name: cmd.Host}

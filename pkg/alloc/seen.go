@@ -15,7 +15,11 @@ func (s *Service) witnessed(ctx context.Context, cmd HelloCommand, entries []Ent
 	}
 	host, _ := entries[1].Record.(*Host)
 	counter, _ := entries[2].Record.(*Counter)
-	why := cmd.more(pool, host, counter)
+	var sandbox *Sandbox
+	if len(entries) > 3 {
+		sandbox, _ = entries[3].Record.(*Sandbox)
+	}
+	why := cmd.more(pool, host, counter, sandbox)
 	if why == "" {
 		return false, nil
 	}
@@ -43,9 +47,9 @@ func (s *Service) witnessed(ctx context.Context, cmd HelloCommand, entries []Ent
 	return true, refusal
 }
 
-// more says what of an agent's witness the store does not know; "" for nothing. host and counter are nil when the
-// store has none.
-func (cmd HelloCommand) more(pool *Pool, host *Host, counter *Counter) string {
+// more says what of an agent's witness the store does not know; "" for nothing. host, counter and sandbox are nil when
+// the store has none.
+func (cmd HelloCommand) more(pool *Pool, host *Host, counter *Counter, sandbox *Sandbox) string {
 	seen := cmd.Seen
 	var life Incarnation
 	if host != nil {
@@ -62,6 +66,9 @@ func (cmd HelloCommand) more(pool *Pool, host *Host, counter *Counter) string {
 		return fmt.Sprintf("host %s was granted serial %s, and the counter is at %x", cmd.Host, seen.Highest, counter.Next)
 	case host != nil && seen.Spent.Generation() == pool.Generation && slices.ContainsFunc(host.Granted.in(pool.Generation), func(r Range) bool { return r.First <= seen.Spent }):
 		return fmt.Sprintf("host %s has spent serial %s, and the store holds it for spending", cmd.Host, seen.Spent)
+	}
+	if sandbox != nil && sandbox.Epoch < seen.Epoch && seen.Epoch.Generation() <= pool.Generation {
+		return fmt.Sprintf("host %s has had %s in epoch %s, and the store has it in epoch %s", cmd.Host, subject(sandbox), seen.Epoch, sandbox.Epoch)
 	}
 	return ""
 }

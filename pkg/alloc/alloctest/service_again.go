@@ -389,6 +389,7 @@ func testAgainRefuses(t *testing.T, p *Pool) {
 // testSeen: an agent that has seen more than the store closes the pool, and no agent does more than that.
 func testSeen(t *testing.T, p *Pool) {
 	a := p.Agent("a")
+	sb := a.Sandbox()
 	pool, _, err := p.Pool(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -411,6 +412,9 @@ func testSeen(t *testing.T, p *Pool) {
 		"a later life of nobody's":          {func(c *alloc.HelloCommand) { c.Incarnation, c.Seen = c.Incarnation+1, alloc.Seen{} }, 0},
 		"a serial of another generation":    {func(c *alloc.HelloCommand) { c.Seen.Highest = 7<<48 | 1 }, 0},
 		"a serial that the counter has not": {func(c *alloc.HelloCommand) { c.Seen.Highest = top + 1 }, 2},
+		"what the store knows of a sandbox": {func(c *alloc.HelloCommand) { c.Seen.Sandbox, c.Seen.Epoch = sb.Serial, sb.Epoch }, 0},
+		"a sandbox that nobody knows":       {func(c *alloc.HelloCommand) { c.Seen.Sandbox, c.Seen.Epoch = 1<<48|9999, sb.Epoch }, 0},
+		"a later epoch of a sandbox":        {func(c *alloc.HelloCommand) { c.Seen.Sandbox, c.Seen.Epoch = sb.Serial, sb.Epoch+1 }, 2},
 		"a serial that is spent":            {func(c *alloc.HelloCommand) { c.Seen.Spent = top }, 2},
 		"a later life":                      {func(c *alloc.HelloCommand) { c.Incarnation++ }, 2},
 		"a later generation":                {func(c *alloc.HelloCommand) { c.Seen.Generation = 17 }, 18},

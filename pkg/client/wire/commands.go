@@ -27,13 +27,15 @@ func HelloRequest(cmd alloc.HelloCommand) *nsallocv1.HelloRequest {
 		RequestId: cmd.RequestID, BootId: cmd.BootID, Incarnation: uint64(cmd.Incarnation),
 		Nonce: cmd.Nonce, PoolUuid: cmd.PoolUUID, Labels: cmd.Labels,
 		SeenGeneration: uint32(cmd.Seen.Generation), SeenHighest: uint64(cmd.Seen.Highest), SeenSpent: uint64(cmd.Seen.Spent),
+		SeenSandbox: uint64(cmd.Seen.Sandbox), SeenEpoch: uint64(cmd.Seen.Epoch),
 	}
 }
 
 // HelloCommand is what a host asked for.
 func HelloCommand(req *nsallocv1.HelloRequest, host string) alloc.HelloCommand {
 	return alloc.HelloCommand{
-		Seen:      alloc.Seen{Generation: generation(req.GetSeenGeneration()), Highest: alloc.Serial(req.GetSeenHighest()), Spent: alloc.Serial(req.GetSeenSpent())},
+		Seen: alloc.Seen{Generation: generation(req.GetSeenGeneration()), Highest: alloc.Serial(req.GetSeenHighest()), Spent: alloc.Serial(req.GetSeenSpent()),
+			Sandbox: alloc.Serial(req.GetSeenSandbox()), Epoch: alloc.Epoch(req.GetSeenEpoch())},
 		RequestID: req.GetRequestId(), Host: host, BootID: req.GetBootId(), Incarnation: alloc.Incarnation(req.GetIncarnation()),
 		Nonce: req.GetNonce(), PoolUUID: req.GetPoolUuid(), Labels: labels(req.GetLabels()),
 	}

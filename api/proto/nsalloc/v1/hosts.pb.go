@@ -43,7 +43,11 @@ type HelloRequest struct {
 	SeenHighest uint64 `protobuf:"fixed64,8,opt,name=seen_highest,json=seenHighest,proto3" json:"seen_highest,omitempty"`
 	// A serial before all that the host had left to spend when it heard last: those of its generation up to it are
 	// spent or burned. 0 for none.
-	SeenSpent     uint64 `protobuf:"fixed64,9,opt,name=seen_spent,json=seenSpent,proto3" json:"seen_spent,omitempty"`
+	SeenSpent uint64 `protobuf:"fixed64,9,opt,name=seen_spent,json=seenSpent,proto3" json:"seen_spent,omitempty"`
+	// A sandbox that the store has in an older epoch than seen_epoch, in which the caller has had it; 0 for none.
+	SeenSandbox uint64 `protobuf:"fixed64,10,opt,name=seen_sandbox,json=seenSandbox,proto3" json:"seen_sandbox,omitempty"`
+	// That epoch.
+	SeenEpoch     uint64 `protobuf:"fixed64,11,opt,name=seen_epoch,json=seenEpoch,proto3" json:"seen_epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -137,6 +141,20 @@ func (x *HelloRequest) GetSeenHighest() uint64 {
 func (x *HelloRequest) GetSeenSpent() uint64 {
 	if x != nil {
 		return x.SeenSpent
+	}
+	return 0
+}
+
+func (x *HelloRequest) GetSeenSandbox() uint64 {
+	if x != nil {
+		return x.SeenSandbox
+	}
+	return 0
+}
+
+func (x *HelloRequest) GetSeenEpoch() uint64 {
+	if x != nil {
+		return x.SeenEpoch
 	}
 	return 0
 }
@@ -650,7 +668,7 @@ var File_nsalloc_v1_hosts_proto protoreflect.FileDescriptor
 const file_nsalloc_v1_hosts_proto_rawDesc = "" +
 	"\n" +
 	"\x16nsalloc/v1/hosts.proto\x12\n" +
-	"nsalloc.v1\x1a\x16nsalloc/v1/types.proto\"\xff\x02\n" +
+	"nsalloc.v1\x1a\x16nsalloc/v1/types.proto\"\xc1\x03\n" +
 	"\fHelloRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x17\n" +
@@ -662,7 +680,11 @@ const file_nsalloc_v1_hosts_proto_rawDesc = "" +
 	"\x0fseen_generation\x18\a \x01(\rR\x0eseenGeneration\x12!\n" +
 	"\fseen_highest\x18\b \x01(\x06R\vseenHighest\x12\x1d\n" +
 	"\n" +
-	"seen_spent\x18\t \x01(\x06R\tseenSpent\x1a9\n" +
+	"seen_spent\x18\t \x01(\x06R\tseenSpent\x12!\n" +
+	"\fseen_sandbox\x18\n" +
+	" \x01(\x06R\vseenSandbox\x12\x1d\n" +
+	"\n" +
+	"seen_epoch\x18\v \x01(\x06R\tseenEpoch\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"[\n" +

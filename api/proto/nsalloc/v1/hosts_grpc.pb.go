@@ -51,7 +51,7 @@ type HostsClient interface {
 	// one whose record is settled in an older generation than the pool's says next what lives on it (RegisterAgain).
 	// Where the caller has seen more of the pool than its store knows, the store has lost history: a later generation, a
 	// later incarnation of this host in the pool's generation, a serial of that generation that the counter has not
-	// come to, or one that is spent and stands in what the host has to spend. The pool is closed then, and opens in a generation after all that was seen; the answer is
+	// come to, one that is spent and stands in what the host has to spend, or a later epoch of a sandbox. The pool is closed then, and opens in a generation after all that was seen; the answer is
 	// POOL_RECOVERING. A caller that lies gets no further by it: servers begin one generation in ten minutes by
 	// themselves, six in a row at most, and a generation more than 16 ahead of the pool's is INVALID_ARGUMENT.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.
@@ -161,7 +161,7 @@ type HostsServer interface {
 	// one whose record is settled in an older generation than the pool's says next what lives on it (RegisterAgain).
 	// Where the caller has seen more of the pool than its store knows, the store has lost history: a later generation, a
 	// later incarnation of this host in the pool's generation, a serial of that generation that the counter has not
-	// come to, or one that is spent and stands in what the host has to spend. The pool is closed then, and opens in a generation after all that was seen; the answer is
+	// come to, one that is spent and stands in what the host has to spend, or a later epoch of a sandbox. The pool is closed then, and opens in a generation after all that was seen; the answer is
 	// POOL_RECOVERING. A caller that lies gets no further by it: servers begin one generation in ten minutes by
 	// themselves, six in a row at most, and a generation more than 16 ahead of the pool's is INVALID_ARGUMENT.
 	// Committed when it answers: the incarnation, the nonce, the boot id and the labels.
