@@ -24,14 +24,17 @@ func (s sandboxes) Register(ctx context.Context, req *nsallocv1.RegisterRequest)
 }
 
 func (s sandboxes) RegisterAgain(ctx context.Context, req *nsallocv1.RegisterAgainRequest) (*nsallocv1.RegisterAgainResponse, error) {
-	cmd := wire.AgainCommand(req, caller(ctx).Name)
+	cmd, err := wire.AgainCommand(req, caller(ctx).Name)
+	if err != nil {
+		return nil, err
+	}
 	answers, err := s.service.RegisterAgain(ctx, cmd)
 	if err != nil {
 		return nil, err
 	}
 	refused := 0
 	for i, a := range answers {
-		if a.Err != nil {
+		if a.Err != nil && len(cmd.Items[i].Bindings) > 0 && cmd.Items[i].Dump == nil {
 			refused++
 			s.log.ErrorContext(ctx, "a host registers a sandbox again that has gone on elsewhere, or is over: what lives of it there becomes a clone",
 				"host", cmd.Host, "sandbox", cmd.Items[i].Sandbox, "epoch", cmd.Items[i].Epoch, "cause", a.Err)

@@ -6,9 +6,9 @@ import (
 	"time"
 )
 
-// Again says that a sandbox lives on a host, in the epoch in which the host has it, after the store has forgotten
-// history. The epoch decides: it carries the generation, so that it never repeats, and only claims and fences
-// raise it.
+// Again says what a host knows of a sandbox after the store has forgotten history: mostly that it lives there, in the
+// epoch in which the host has it. The epoch decides: it carries the generation, so that it never repeats, and only
+// claims and fences raise it.
 //
 //	the store's epoch   its state             next      what else
 //	lower               any                   running   the host's epoch; a checkpoint that is open, or claimed, or that it was made from, is consumed
@@ -18,6 +18,9 @@ import (
 //	higher              any                   refused   another host went on with it, or this one was fenced
 //
 // One that is dumped stays so: what became of the tree is for its host to say next, as always.
+//
+// With Over nothing of it lives any more, and it ends where it would run: a restore ran from images that the store
+// still has as open, and no second one may.
 type Again struct {
 	Host  string
 	Epoch Epoch
@@ -26,6 +29,7 @@ type Again struct {
 	Labels   map[string]string
 	// Checkpoint is the sandbox's current one, as far as the host knows; 0 for none.
 	Checkpoint Serial
+	Over       bool
 }
 
 func (e Again) next(h *Handoff, at Moment) error {
@@ -37,14 +41,19 @@ func (e Again) next(h *Handoff, at Moment) error {
 		switch s.State {
 		case StateRunning, StateDumped, StateClaimed:
 		default:
+			if e.Over {
+				return nil // as it says
+			}
 			return s.wrongState("register it again", StateRunning)
 		}
 		if s.Again >= at.Generation {
 			return nil // it was, and may have changed since
 		}
 	}
-	if err := s.relive(e, at); err != nil {
-		return err
+	if !e.Over {
+		if err := s.relive(e, at); err != nil {
+			return err
+		}
 	}
 	c := h.Checkpoint
 	switch {
@@ -67,6 +76,10 @@ func (e Again) next(h *Handoff, at Moment) error {
 		s.closeStint(OverLost, at.Now)
 		s.State, s.Owner, s.Epoch, s.Claim = StateRunning, e.Host, e.Epoch, nil
 		s.openStint(e.Host, BeganAgain, at.Actor, e.Checkpoint, at.Now)
+	}
+	if e.Over && s.State == StateRunning {
+		s.State, s.Claim = StateEnded, nil
+		s.closeStint(OverEnded, at.Now)
 	}
 	s.Again = at.Generation
 	return s.setLabels(e.Labels)
@@ -125,6 +138,10 @@ func (it AgainItem) sandbox(host string, at Moment) *Sandbox {
 		s.Bindings = append(s.Bindings, b.boundBy(at.Now))
 	}
 	s.openStint(host, BeganAgain, at.Actor, it.Checkpoint, at.Now)
+	if it.Over {
+		s.State = StateEnded
+		s.closeStint(OverEnded, at.Now)
+	}
 	return s
 }
 
@@ -164,14 +181,34 @@ func (it AgainItem) validate(g Generation, bootID string) error {
 	switch {
 	case it.Epoch == 0 || it.Epoch.Generation() >= g || it.Epoch.Generation() == 0:
 		return invalid(about, fmt.Sprintf("epoch %s is not of a generation before %d, in which it is registered again", it.Epoch, g))
-	case len(it.Bindings) == 0:
-		return invalid(about, "it has no namespace that lives")
+	case it.Over != (len(it.Bindings) == 0):
+		return invalid(about, "what lives has namespaces, and what is over has none")
+	case it.Over && it.Dump != nil:
+		return invalid(about, "it cannot be over and dumped")
+	}
+	if d := it.Dump; d != nil {
+		if err := older("checkpoint", d.Checkpoint); err != nil {
+			return err
+		}
+		if err := validText("run id", d.RunID, 0, 64); err != nil {
+			return err
+		}
+		if d.Digest == (Digest{}) {
+			return invalid("digest", "it is missing")
+		}
 	}
 	for _, b := range it.Bindings {
 		if err := older("serial", b.Serial); err != nil {
 			return err
 		}
-		if err := b.validate(bootID); err != nil {
+		boot := bootID
+		if it.Dump != nil { // what was dumped may be of an earlier one
+			boot = b.Kernel.BootID
+			if err := ValidateBootID(boot); err != nil {
+				return err
+			}
+		}
+		if err := b.validate(boot); err != nil {
 			return err
 		}
 	}

@@ -28,6 +28,8 @@ type forgetful struct {
 	lost     int
 	runs     int
 	sandbox  alloc.Serial
+	bound    map[alloc.Serial]int // how often images were consumed
+	reopened int
 }
 
 // truth is a host.
@@ -38,7 +40,36 @@ type truth struct {
 	lives *alloc.Sandbox   // what runs on it, as it was acknowledged
 	half  *alloc.Handoff   // what it has claimed and not bound
 	run   string
-	dead  *alloc.Handoff // a dump of its, whose tree it saw dead, and that it has not said yet
+	// knows is the last thing that it did with the sandbox in each epoch, as its agent's disk has it.
+	knows map[alloc.Epoch]deed
+}
+
+// deed is a dump that was answered 0 and whose tree is dead, as was seen then; or a restore.
+type deed struct {
+	alloc.Handoff
+	seen alloc.Evidence // "" for a restore
+}
+
+// item is what the host says of the sandbox: that it lives there, or what it has last done with it.
+func (h *truth) item() (it alloc.AgainItem, last deed, ok bool) {
+	if h.lives != nil {
+		return h.Item(h.lives), last, true
+	}
+	for epoch, d := range h.knows {
+		if epoch > last.Sandbox.Epoch {
+			last, ok = d, true
+		}
+	}
+	if !ok {
+		return it, last, false
+	}
+	it = h.Item(&last.Sandbox)
+	if last.seen == "" {
+		it.Bindings, it.Over = nil, true
+	} else {
+		it.Dump = &alloc.AgainDump{Checkpoint: last.Checkpoint.Serial, RunID: last.Checkpoint.RunID, Digest: last.Checkpoint.Digest}
+	}
+	return it, last, true
 }
 
 func (f *forgetful) generation() alloc.Generation {
@@ -74,16 +105,24 @@ func (f *forgetful) comeBack(h *truth) {
 	if h.half != nil {
 		f.bind(h) // its tree stands still in the restore, whose last step is refused
 	}
-	var has []*alloc.Sandbox
-	if h.lives != nil {
-		has = append(has, h.lives)
-	}
 	if h.Record().Settled < h.in {
-		answers, err := f.p.RegisterAgain(f.t.Context(), h.Again(has...))
+		cmd := h.Again()
+		it, last, any := h.item()
+		if any {
+			cmd.Items = append(cmd.Items, it)
+		}
+		answers, err := f.p.RegisterAgain(f.t.Context(), cmd)
 		if err != nil {
 			f.rt.Fatal(err)
 		}
-		if len(has) > 0 && answers[0].Err != nil {
+		switch {
+		case any && it.Dump != nil && answers[0].Err == nil && answers[0].Sandbox.State == alloc.StateDumped:
+			f.reopened++
+			_, err := f.p.Confirm(f.t.Context(), h.Confirm(last.Handoff, last.seen))
+			if f.allowed("confirm again", err); err != nil {
+				f.rt.Fatal(err)
+			}
+		case h.lives != nil && answers[0].Err != nil:
 			f.lost++
 			h.lives = nil
 			if !f.waived {
@@ -110,8 +149,8 @@ func (f *forgetful) tidy(h *truth) {
 		_, err = f.p.End(f.t.Context(), h.End(sb))
 	case alloc.StateDumped:
 		seen := alloc.InDoubt
-		if h.dead != nil && h.dead.Sandbox.Epoch == sb.Epoch && h.dead.Checkpoint.Serial == sb.Checkpoint {
-			seen = alloc.SeenStopped
+		if d := h.knows[sb.Epoch]; d.seen != "" && d.Checkpoint.Serial == sb.Checkpoint {
+			seen = d.seen
 		}
 		_, err = f.p.Confirm(f.t.Context(), h.Confirm(at, seen))
 	case alloc.StateClaimed:
@@ -129,12 +168,12 @@ func (f *forgetful) dump(h *truth) {
 	switch rapid.SampledFrom([]string{"stopped", "stopped", "late", "in doubt", "ran on"}).Draw(f.rt, "end of the dump") {
 	case "stopped":
 		_, err = f.p.Confirm(f.t.Context(), h.Confirm(o, alloc.SeenStopped))
-		h.lives = nil
+		h.lives, h.knows[o.Sandbox.Epoch] = nil, deed{o, alloc.SeenStopped}
 	case "late": // the tree is dead, and nobody is told yet
-		h.dead, h.lives = &o, nil
+		h.lives, h.knows[o.Sandbox.Epoch] = nil, deed{o, alloc.SeenStopped}
 	case "in doubt":
 		_, err = f.p.Confirm(f.t.Context(), h.Confirm(o, alloc.InDoubt))
-		h.lives = nil
+		h.lives, h.knows[o.Sandbox.Epoch] = nil, deed{o, alloc.InDoubt}
 	case "ran on":
 		var back alloc.Handoff
 		if back, err = f.p.Abort(f.t.Context(), h.Abort(o, true)); err == nil {
@@ -164,7 +203,10 @@ func (f *forgetful) bind(h *truth) {
 		if h.half.Sandbox.Epoch.Generation() < f.generation() {
 			f.rt.Fatalf("a claim of epoch %s was bound in generation %d", h.half.Sandbox.Epoch, f.generation())
 		}
-		h.lives = &o.Sandbox
+		h.lives, h.knows[o.Sandbox.Epoch] = &o.Sandbox, deed{o, ""}
+		if f.bound[o.Checkpoint.Serial]++; f.bound[o.Checkpoint.Serial] > 1 && !f.waived {
+			f.rt.Fatalf("images %s were consumed twice", o.Checkpoint.Serial)
+		}
 	} else {
 		_, err = f.p.Release(f.t.Context(), h.Release(*h.half, h.run))
 		f.allowed("release", err)
@@ -288,9 +330,9 @@ func TestForgetfulStore(t *testing.T) {
 	seen := map[string]int{}
 	synctest.Test(t, func(t *testing.T) {
 		rapid.Check(tb{t}, func(rt *rapid.T) {
-			f := &forgetful{t: t, rt: rt, p: alloctest.NewPool(t, memstore.New(), alloc.DefaultPolicy())}
+			f := &forgetful{t: t, rt: rt, p: alloctest.NewPool(t, memstore.New(), alloc.DefaultPolicy()), bound: map[alloc.Serial]int{}}
 			for _, name := range hostNames {
-				f.hosts = append(f.hosts, &truth{Agent: f.p.Agent(name), up: true, in: 1})
+				f.hosts = append(f.hosts, &truth{Agent: f.p.Agent(name), up: true, in: 1, knows: map[alloc.Epoch]deed{}})
 			}
 			f.then = []alloctest.Snapshot{f.p.Snapshot()}
 			f.hosts[0].lives = f.hosts[0].Sandbox()
@@ -301,6 +343,7 @@ func TestForgetfulStore(t *testing.T) {
 			f.heal()
 			seen["put back"] += f.putBacks
 			seen["lost"] += f.lost
+			seen["recorded again"] += f.reopened
 			if f.waived {
 				seen["waived"]++
 			}

@@ -15,7 +15,7 @@ type AgainCommand struct {
 	Last bool `json:"last"`
 }
 
-// AgainItem is one sandbox that lives on the caller, as the host has it.
+// AgainItem is one sandbox that lives on the caller, as the host has it; or did last, as far as the host knows.
 type AgainItem struct {
 	Sandbox Serial `json:"sandbox"`
 	// Epoch is the one in which the host became its owner.
@@ -32,6 +32,19 @@ type AgainItem struct {
 	Created    time.Time `json:"created,omitzero"`
 	// From are other sandboxes in whose records serials of Bindings stand: the namespaces have parted from them.
 	From []Serial `json:"from,omitempty"`
+	// Dump is the dump that the host recorded in this epoch and answered 0 to; nil for none. The tree may be dead, and
+	// Bindings are then as they were, of an earlier boot perhaps.
+	Dump *AgainDump `json:"dump,omitempty"`
+	// Over says that the sandbox was bound on the host in this epoch, from Checkpoint, and that nothing of it lives. It
+	// has no bindings.
+	Over bool `json:"over,omitempty"`
+}
+
+// AgainDump is a dump that a host has recorded.
+type AgainDump struct {
+	Checkpoint Serial `json:"checkpoint"`
+	RunID      string `json:"run_id,omitempty"`
+	Digest     Digest `json:"digest"`
 }
 
 // AgainAnswer is what became of one item.
@@ -147,10 +160,15 @@ func (cmd AgainCommand) validate() error {
 			if err := take(about, b.Serial); err != nil {
 				return err
 			}
-			if key := b.Kernel.key(b.Type); live[key] {
+			key := b.Kernel.key(b.Type)
+			if live[key] {
 				return refuse(ReasonBound, about, "%s namespace %s stands twice in the request", b.Type, b.Kernel.Key(b.Type))
-			} else {
-				live[key] = true
+			}
+			live[key] = it.Dump == nil // the kernel may have given it to another one since
+		}
+		if it.Dump != nil {
+			if err := take(about, it.Dump.Checkpoint); err != nil {
+				return err
 			}
 		}
 	}
@@ -179,6 +197,11 @@ func (s *Service) againKeys(ctx context.Context, cmd AgainCommand) (keys []Key, 
 		if sb, ok := e.Record.(*Sandbox); ok && sb.Checkpoint != 0 {
 			current[sb.Serial] = sb.Checkpoint
 			keys = append(keys, CheckpointKey(sb.Checkpoint))
+		}
+	}
+	for _, it := range cmd.Items {
+		if it.Dump != nil && !slices.Contains(keys, CheckpointKey(it.Dump.Checkpoint)) {
+			keys = append(keys, CheckpointKey(it.Dump.Checkpoint))
 		}
 	}
 	return keys, current, tooMany(len(keys))
@@ -217,9 +240,13 @@ func (w *world) registerAgain(cmd AgainCommand) ([]AgainAnswer, error) {
 		known, there := find(it.Sandbox)
 		next, err := Handoff{Sandbox: known.Sandbox, Checkpoint: known.Checkpoint}, error(nil)
 		if there {
-			next, err = known.Next(Again{Host: cmd.Host, Epoch: it.Epoch, Bindings: it.Bindings, Labels: it.Labels, Checkpoint: it.Checkpoint}, w.moment)
+			next, err = known.Next(Again{Host: cmd.Host, Epoch: it.Epoch, Bindings: it.Bindings, Labels: it.Labels, Checkpoint: it.Checkpoint, Over: it.Over}, w.moment)
 		} else {
 			next.Sandbox = *it.sandbox(cmd.Host, w.moment)
+		}
+		var left *Checkpoint
+		if err == nil && it.Dump != nil {
+			next, left, err = w.dumpedAgain(cmd.Host, it, next)
 		}
 		var from []Handoff
 		for _, serial := range it.From {
@@ -241,6 +268,9 @@ func (w *world) registerAgain(cmd AgainCommand) ([]AgainAnswer, error) {
 			answers[i].Err = refusal
 			continue
 		}
+		if left != nil {
+			w.put(left)
+		}
 		change(next)
 		for _, other := range from {
 			change(other)
@@ -255,4 +285,23 @@ func (w *world) registerAgain(cmd AgainCommand) ([]AgainAnswer, error) {
 		}
 	}
 	return answers, nil
+}
+
+// dumpedAgain records the dump of an item, where the store has forgotten it, and gives the checkpoint that is the
+// sandbox's current one no more. What the store knows of the checkpoint stays so.
+func (w *world) dumpedAgain(host string, it AgainItem, h Handoff) (next Handoff, left *Checkpoint, err error) {
+	if w.get[CheckpointKey(it.Dump.Checkpoint)].Token != "" {
+		if h.Sandbox.State == StateRunning {
+			return h, nil, h.Sandbox.wrongState("dump it as "+it.Dump.Checkpoint.String()+", which the store has", StateDumped)
+		}
+		return h, nil, nil
+	}
+	if h.Checkpoint != nil {
+		left = h.Checkpoint
+	}
+	if h.Sandbox.Checkpoint == 0 {
+		h.Checkpoint = nil
+	}
+	next, err = h.Next(Dumped{Host: host, Epoch: it.Epoch, Checkpoint: Checkpoint{Serial: it.Dump.Checkpoint, RunID: it.Dump.RunID, Digest: it.Dump.Digest}}, w.moment)
+	return next, left, err
 }

@@ -15,6 +15,10 @@ func AgainRequest(cmd alloc.AgainCommand) *nsallocv1.RegisterAgainRequest {
 			Sandbox: uint64(it.Sandbox), Epoch: uint64(it.Epoch), Bindings: bindingsToWire(it.Bindings, new(stamps)), Labels: it.Labels, OfHost: it.OfHost,
 			Checkpoint: uint64(it.Checkpoint), Created: timeToWire(it.Created), From: serialsToWire(it.From),
 		}
+		item.Over = it.Over
+		if d := it.Dump; d != nil {
+			item.Dump = &nsallocv1.AgainDump{Checkpoint: uint64(d.Checkpoint), RunId: d.RunID, Digest: d.Digest[:]}
+		}
 		if it.Parent != nil {
 			item.Parent, item.ParentCheckpoint = uint64(it.Parent.Sandbox), uint64(it.Parent.Checkpoint)
 		}
@@ -24,7 +28,7 @@ func AgainRequest(cmd alloc.AgainCommand) *nsallocv1.RegisterAgainRequest {
 }
 
 // AgainCommand is what a host asked for.
-func AgainCommand(req *nsallocv1.RegisterAgainRequest, host string) alloc.AgainCommand {
+func AgainCommand(req *nsallocv1.RegisterAgainRequest, host string) (alloc.AgainCommand, error) {
 	cmd := alloc.AgainCommand{Mutation: mutation(req, host), Last: req.GetLast()}
 	for _, it := range req.GetItems() {
 		item := alloc.AgainItem{
@@ -35,12 +39,20 @@ func AgainCommand(req *nsallocv1.RegisterAgainRequest, host string) alloc.AgainC
 		for i := range item.Bindings {
 			item.Bindings[i].Gone = timeFromWire(nil)
 		}
+		item.Over = it.GetOver()
+		if d := it.GetDump(); d != nil {
+			digest, err := digestFromWire(d.GetDigest())
+			if err != nil {
+				return cmd, err
+			}
+			item.Dump = &alloc.AgainDump{Checkpoint: alloc.Serial(d.GetCheckpoint()), RunID: d.GetRunId(), Digest: digest}
+		}
 		if it.GetParent() != 0 || it.GetParentCheckpoint() != 0 {
 			item.Parent = &alloc.Parent{Sandbox: alloc.Serial(it.GetParent()), Checkpoint: alloc.Serial(it.GetParentCheckpoint())}
 		}
 		cmd.Items = append(cmd.Items, item)
 	}
-	return cmd
+	return cmd, nil
 }
 
 // AgainResponse is the answers on the wire.

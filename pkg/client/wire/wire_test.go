@@ -187,13 +187,26 @@ func TestCommands(t *testing.T) {
 	digest := alloc.Digest{1, 2, 3}
 
 	same(t, AllocateCommand(through(t, AllocateRequest(alloc.AllocateCommand{RequestID: "id", Caller: "forged", Count: 3})), "host/h"), alloc.AllocateCommand{RequestID: "id", Caller: "host/h", Count: 3})
-	hello := alloc.HelloCommand{RequestID: "id", Host: "h", BootID: "b", Incarnation: 3, Nonce: "n", PoolUUID: "p", Labels: labels}
+	hello := alloc.HelloCommand{RequestID: "id", Host: "h", BootID: "b", Incarnation: 3, Nonce: "n", PoolUUID: "p", Labels: labels,
+		Seen: alloc.Seen{Generation: 2, Highest: s, Spent: s + 1, Sandbox: s + 2, Epoch: 3}}
 	same(t, HelloCommand(through(t, HelloRequest(hello)), "h"), hello)
 	grant := alloc.GrantCommand{Mutation: m, Count: 7}
 	same(t, GrantCommand(through(t, GrantRequest(grant)), "h"), grant)
 	register := alloc.RegisterCommand{Mutation: m, Spend: spend, Items: []alloc.RegisterItem{
 		{Sandbox: s, Add: b, Labels: labels, OfHost: true, ParentCheckpoint: s + 3}, {Sandbox: s + 9, Epoch: 4, Gone: []alloc.Serial{s + 10}}}}
 	same(t, RegisterCommand(through(t, RegisterRequest(register)), "h"), register)
+	again := alloc.AgainCommand{Mutation: m, Last: true, Items: []alloc.AgainItem{
+		{Sandbox: s, Epoch: 4, Bindings: b, Labels: labels, OfHost: true, Checkpoint: s + 3, Parent: &alloc.Parent{Sandbox: s + 4, Checkpoint: s + 5}, Created: time.Unix(7, 0).UTC(), From: []alloc.Serial{s + 6}},
+		{Sandbox: s + 9, Epoch: 5, Bindings: b, Dump: &alloc.AgainDump{Checkpoint: s + 7, RunID: "r", Digest: digest}}, {Sandbox: s + 10, Epoch: 6, Over: true}}}
+	heardAgain, err0 := AgainCommand(through(t, AgainRequest(again)), "h")
+	same(t, heardAgain, again)
+	if _, err := AgainCommand(&nsallocv1.RegisterAgainRequest{Items: []*nsallocv1.AgainItem{{Dump: &nsallocv1.AgainDump{Digest: []byte{1}}}}}, "h"); err0 != nil || !errors.Is(err, alloc.ErrInvalid) {
+		t.Errorf("%v; a digest of 1 byte: %v", err0, err)
+	}
+	answers := []alloc.AgainAnswer{{Sandbox: &alloc.Sandbox{Serial: s, State: alloc.StateRunning}}, {Err: &alloc.Error{Reason: alloc.ReasonBound, Msg: "it is bound"}}}
+	same(t, AgainAnswers(through(t, AgainResponse(answers))), answers)
+	waive := alloc.WaiveCommand{RequestID: "id", Actor: "forged", Host: "h"}
+	same(t, WaiveCommand(through(t, WaiveRequest(waive)), "operator/o"), alloc.WaiveCommand{RequestID: "id", Actor: "operator/o", Host: "h"})
 	end := alloc.EndCommand{Mutation: m, Sandbox: s, Epoch: 4}
 	same(t, EndCommand(through(t, EndRequest(end)), "h"), end)
 	open := alloc.OpenCommand{Mutation: m, Spend: spend, Sandbox: s, Epoch: 4, Checkpoint: s + 1, RunID: "r", Digest: digest}

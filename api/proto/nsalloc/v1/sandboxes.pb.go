@@ -502,7 +502,14 @@ type AgainItem struct {
 	Created *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=created,proto3" json:"created,omitempty"`
 	// Other sandboxes, at most 16, in whose records serials of the bindings stand, because the store has forgotten
 	// that the namespaces parted from them. They are taken from those records.
-	From          []uint64 `protobuf:"fixed64,10,rep,packed,name=from,proto3" json:"from,omitempty"`
+	From []uint64 `protobuf:"fixed64,10,rep,packed,name=from,proto3" json:"from,omitempty"`
+	// The dump that the caller recorded in this epoch and answered 0 to; absent for none. Where the store has forgotten
+	// it, it is recorded again, under the serial that stands in the images. The tree may be dead: the bindings are then as
+	// they were, of an earlier boot perhaps.
+	Dump *AgainDump `protobuf:"bytes,11,opt,name=dump,proto3" json:"dump,omitempty"`
+	// The sandbox was bound on the caller in this epoch, from checkpoint, and nothing of it lives any more. It has no
+	// bindings, and ends where it would run.
+	Over          bool `protobuf:"varint,12,opt,name=over,proto3" json:"over,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -607,6 +614,84 @@ func (x *AgainItem) GetFrom() []uint64 {
 	return nil
 }
 
+func (x *AgainItem) GetDump() *AgainDump {
+	if x != nil {
+		return x.Dump
+	}
+	return nil
+}
+
+func (x *AgainItem) GetOver() bool {
+	if x != nil {
+		return x.Over
+	}
+	return false
+}
+
+// AgainDump is a dump that a host has recorded.
+type AgainDump struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The checkpoint's serial, of a generation before the pool's.
+	Checkpoint uint64 `protobuf:"fixed64,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// CRIU's run id, as in Open.
+	RunId string `protobuf:"bytes,2,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	// The manifest's digest, as in Open.
+	Digest        []byte `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgainDump) Reset() {
+	*x = AgainDump{}
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgainDump) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgainDump) ProtoMessage() {}
+
+func (x *AgainDump) ProtoReflect() protoreflect.Message {
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgainDump.ProtoReflect.Descriptor instead.
+func (*AgainDump) Descriptor() ([]byte, []int) {
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *AgainDump) GetCheckpoint() uint64 {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return 0
+}
+
+func (x *AgainDump) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+func (x *AgainDump) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
 // RegisterAgainResponse is what became of the items, in their order.
 type RegisterAgainResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -618,7 +703,7 @@ type RegisterAgainResponse struct {
 
 func (x *RegisterAgainResponse) Reset() {
 	*x = RegisterAgainResponse{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -630,7 +715,7 @@ func (x *RegisterAgainResponse) String() string {
 func (*RegisterAgainResponse) ProtoMessage() {}
 
 func (x *RegisterAgainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[7]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -643,7 +728,7 @@ func (x *RegisterAgainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterAgainResponse.ProtoReflect.Descriptor instead.
 func (*RegisterAgainResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{7}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *RegisterAgainResponse) GetAnswers() []*AgainAnswer {
@@ -669,7 +754,7 @@ type AgainAnswer struct {
 
 func (x *AgainAnswer) Reset() {
 	*x = AgainAnswer{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -681,7 +766,7 @@ func (x *AgainAnswer) String() string {
 func (*AgainAnswer) ProtoMessage() {}
 
 func (x *AgainAnswer) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[8]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -694,7 +779,7 @@ func (x *AgainAnswer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgainAnswer.ProtoReflect.Descriptor instead.
 func (*AgainAnswer) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{8}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AgainAnswer) GetSandbox() *Sandbox {
@@ -735,7 +820,7 @@ type EndRequest struct {
 
 func (x *EndRequest) Reset() {
 	*x = EndRequest{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -747,7 +832,7 @@ func (x *EndRequest) String() string {
 func (*EndRequest) ProtoMessage() {}
 
 func (x *EndRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[9]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -760,7 +845,7 @@ func (x *EndRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndRequest.ProtoReflect.Descriptor instead.
 func (*EndRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{9}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *EndRequest) GetRequestId() string {
@@ -802,7 +887,7 @@ type EndResponse struct {
 
 func (x *EndResponse) Reset() {
 	*x = EndResponse{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[10]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -814,7 +899,7 @@ func (x *EndResponse) String() string {
 func (*EndResponse) ProtoMessage() {}
 
 func (x *EndResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[10]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -827,7 +912,7 @@ func (x *EndResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndResponse.ProtoReflect.Descriptor instead.
 func (*EndResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{10}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *EndResponse) GetSandbox() *Sandbox {
@@ -855,7 +940,7 @@ type SandboxesGetRequest struct {
 
 func (x *SandboxesGetRequest) Reset() {
 	*x = SandboxesGetRequest{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[11]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -867,7 +952,7 @@ func (x *SandboxesGetRequest) String() string {
 func (*SandboxesGetRequest) ProtoMessage() {}
 
 func (x *SandboxesGetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[11]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -880,7 +965,7 @@ func (x *SandboxesGetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesGetRequest.ProtoReflect.Descriptor instead.
 func (*SandboxesGetRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{11}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SandboxesGetRequest) GetBy() isSandboxesGetRequest_By {
@@ -949,7 +1034,7 @@ type HostNamespace struct {
 
 func (x *HostNamespace) Reset() {
 	*x = HostNamespace{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[12]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -961,7 +1046,7 @@ func (x *HostNamespace) String() string {
 func (*HostNamespace) ProtoMessage() {}
 
 func (x *HostNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[12]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -974,7 +1059,7 @@ func (x *HostNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostNamespace.ProtoReflect.Descriptor instead.
 func (*HostNamespace) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{12}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *HostNamespace) GetHost() string {
@@ -1013,7 +1098,7 @@ type SandboxesGetResponse struct {
 
 func (x *SandboxesGetResponse) Reset() {
 	*x = SandboxesGetResponse{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[13]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1025,7 +1110,7 @@ func (x *SandboxesGetResponse) String() string {
 func (*SandboxesGetResponse) ProtoMessage() {}
 
 func (x *SandboxesGetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[13]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1038,7 +1123,7 @@ func (x *SandboxesGetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesGetResponse.ProtoReflect.Descriptor instead.
 func (*SandboxesGetResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{13}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SandboxesGetResponse) GetSandbox() *Sandbox {
@@ -1081,7 +1166,7 @@ type SandboxesListRequest struct {
 
 func (x *SandboxesListRequest) Reset() {
 	*x = SandboxesListRequest{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[14]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1093,7 +1178,7 @@ func (x *SandboxesListRequest) String() string {
 func (*SandboxesListRequest) ProtoMessage() {}
 
 func (x *SandboxesListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[14]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1106,7 +1191,7 @@ func (x *SandboxesListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesListRequest.ProtoReflect.Descriptor instead.
 func (*SandboxesListRequest) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{14}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SandboxesListRequest) GetOwner() string {
@@ -1162,7 +1247,7 @@ type SandboxesListResponse struct {
 
 func (x *SandboxesListResponse) Reset() {
 	*x = SandboxesListResponse{}
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[15]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1174,7 +1259,7 @@ func (x *SandboxesListResponse) String() string {
 func (*SandboxesListResponse) ProtoMessage() {}
 
 func (x *SandboxesListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[15]
+	mi := &file_nsalloc_v1_sandboxes_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1187,7 +1272,7 @@ func (x *SandboxesListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxesListResponse.ProtoReflect.Descriptor instead.
 func (*SandboxesListResponse) Descriptor() ([]byte, []int) {
-	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{15}
+	return file_nsalloc_v1_sandboxes_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SandboxesListResponse) GetSandboxes() []*Sandbox {
@@ -1259,7 +1344,7 @@ const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x06R\vincarnation\x12+\n" +
 	"\x05items\x18\x03 \x03(\v2\x15.nsalloc.v1.AgainItemR\x05items\x12\x12\n" +
-	"\x04last\x18\x04 \x01(\bR\x04last\"\xaa\x03\n" +
+	"\x04last\x18\x04 \x01(\bR\x04last\"\xe9\x03\n" +
 	"\tAgainItem\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\x06R\asandbox\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\x12/\n" +
@@ -1273,10 +1358,18 @@ const file_nsalloc_v1_sandboxes_proto_rawDesc = "" +
 	"\x11parent_checkpoint\x18\b \x01(\x06R\x10parentCheckpoint\x124\n" +
 	"\acreated\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x12\n" +
 	"\x04from\x18\n" +
-	" \x03(\x06R\x04from\x1a9\n" +
+	" \x03(\x06R\x04from\x12)\n" +
+	"\x04dump\x18\v \x01(\v2\x15.nsalloc.v1.AgainDumpR\x04dump\x12\x12\n" +
+	"\x04over\x18\f \x01(\bR\x04over\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"J\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Z\n" +
+	"\tAgainDump\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x01 \x01(\x06R\n" +
+	"checkpoint\x12\x15\n" +
+	"\x06run_id\x18\x02 \x01(\tR\x05runId\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\fR\x06digest\"J\n" +
 	"\x15RegisterAgainResponse\x121\n" +
 	"\aanswers\x18\x01 \x03(\v2\x17.nsalloc.v1.AgainAnswerR\aanswers\"n\n" +
 	"\vAgainAnswer\x12-\n" +
@@ -1341,7 +1434,7 @@ func file_nsalloc_v1_sandboxes_proto_rawDescGZIP() []byte {
 	return file_nsalloc_v1_sandboxes_proto_rawDescData
 }
 
-var file_nsalloc_v1_sandboxes_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_nsalloc_v1_sandboxes_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_nsalloc_v1_sandboxes_proto_goTypes = []any{
 	(*SandboxesHistoryRequest)(nil),  // 0: nsalloc.v1.SandboxesHistoryRequest
 	(*SandboxesHistoryResponse)(nil), // 1: nsalloc.v1.SandboxesHistoryResponse
@@ -1350,66 +1443,68 @@ var file_nsalloc_v1_sandboxes_proto_goTypes = []any{
 	(*RegisterResponse)(nil),         // 4: nsalloc.v1.RegisterResponse
 	(*RegisterAgainRequest)(nil),     // 5: nsalloc.v1.RegisterAgainRequest
 	(*AgainItem)(nil),                // 6: nsalloc.v1.AgainItem
-	(*RegisterAgainResponse)(nil),    // 7: nsalloc.v1.RegisterAgainResponse
-	(*AgainAnswer)(nil),              // 8: nsalloc.v1.AgainAnswer
-	(*EndRequest)(nil),               // 9: nsalloc.v1.EndRequest
-	(*EndResponse)(nil),              // 10: nsalloc.v1.EndResponse
-	(*SandboxesGetRequest)(nil),      // 11: nsalloc.v1.SandboxesGetRequest
-	(*HostNamespace)(nil),            // 12: nsalloc.v1.HostNamespace
-	(*SandboxesGetResponse)(nil),     // 13: nsalloc.v1.SandboxesGetResponse
-	(*SandboxesListRequest)(nil),     // 14: nsalloc.v1.SandboxesListRequest
-	(*SandboxesListResponse)(nil),    // 15: nsalloc.v1.SandboxesListResponse
-	nil,                              // 16: nsalloc.v1.RegisterItem.LabelsEntry
-	nil,                              // 17: nsalloc.v1.AgainItem.LabelsEntry
-	(*Stint)(nil),                    // 18: nsalloc.v1.Stint
-	(*Range)(nil),                    // 19: nsalloc.v1.Range
-	(*Binding)(nil),                  // 20: nsalloc.v1.Binding
-	(*Sandbox)(nil),                  // 21: nsalloc.v1.Sandbox
-	(*timestamppb.Timestamp)(nil),    // 22: google.protobuf.Timestamp
-	(NamespaceType)(0),               // 23: nsalloc.v1.NamespaceType
-	(*KernelId)(nil),                 // 24: nsalloc.v1.KernelId
-	(*Checkpoint)(nil),               // 25: nsalloc.v1.Checkpoint
-	(SandboxState)(0),                // 26: nsalloc.v1.SandboxState
+	(*AgainDump)(nil),                // 7: nsalloc.v1.AgainDump
+	(*RegisterAgainResponse)(nil),    // 8: nsalloc.v1.RegisterAgainResponse
+	(*AgainAnswer)(nil),              // 9: nsalloc.v1.AgainAnswer
+	(*EndRequest)(nil),               // 10: nsalloc.v1.EndRequest
+	(*EndResponse)(nil),              // 11: nsalloc.v1.EndResponse
+	(*SandboxesGetRequest)(nil),      // 12: nsalloc.v1.SandboxesGetRequest
+	(*HostNamespace)(nil),            // 13: nsalloc.v1.HostNamespace
+	(*SandboxesGetResponse)(nil),     // 14: nsalloc.v1.SandboxesGetResponse
+	(*SandboxesListRequest)(nil),     // 15: nsalloc.v1.SandboxesListRequest
+	(*SandboxesListResponse)(nil),    // 16: nsalloc.v1.SandboxesListResponse
+	nil,                              // 17: nsalloc.v1.RegisterItem.LabelsEntry
+	nil,                              // 18: nsalloc.v1.AgainItem.LabelsEntry
+	(*Stint)(nil),                    // 19: nsalloc.v1.Stint
+	(*Range)(nil),                    // 20: nsalloc.v1.Range
+	(*Binding)(nil),                  // 21: nsalloc.v1.Binding
+	(*Sandbox)(nil),                  // 22: nsalloc.v1.Sandbox
+	(*timestamppb.Timestamp)(nil),    // 23: google.protobuf.Timestamp
+	(NamespaceType)(0),               // 24: nsalloc.v1.NamespaceType
+	(*KernelId)(nil),                 // 25: nsalloc.v1.KernelId
+	(*Checkpoint)(nil),               // 26: nsalloc.v1.Checkpoint
+	(SandboxState)(0),                // 27: nsalloc.v1.SandboxState
 }
 var file_nsalloc_v1_sandboxes_proto_depIdxs = []int32{
-	18, // 0: nsalloc.v1.SandboxesHistoryResponse.stints:type_name -> nsalloc.v1.Stint
-	19, // 1: nsalloc.v1.RegisterRequest.spend:type_name -> nsalloc.v1.Range
+	19, // 0: nsalloc.v1.SandboxesHistoryResponse.stints:type_name -> nsalloc.v1.Stint
+	20, // 1: nsalloc.v1.RegisterRequest.spend:type_name -> nsalloc.v1.Range
 	3,  // 2: nsalloc.v1.RegisterRequest.items:type_name -> nsalloc.v1.RegisterItem
-	20, // 3: nsalloc.v1.RegisterItem.add:type_name -> nsalloc.v1.Binding
-	16, // 4: nsalloc.v1.RegisterItem.labels:type_name -> nsalloc.v1.RegisterItem.LabelsEntry
-	21, // 5: nsalloc.v1.RegisterResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
-	19, // 6: nsalloc.v1.RegisterResponse.granted:type_name -> nsalloc.v1.Range
+	21, // 3: nsalloc.v1.RegisterItem.add:type_name -> nsalloc.v1.Binding
+	17, // 4: nsalloc.v1.RegisterItem.labels:type_name -> nsalloc.v1.RegisterItem.LabelsEntry
+	22, // 5: nsalloc.v1.RegisterResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
+	20, // 6: nsalloc.v1.RegisterResponse.granted:type_name -> nsalloc.v1.Range
 	6,  // 7: nsalloc.v1.RegisterAgainRequest.items:type_name -> nsalloc.v1.AgainItem
-	20, // 8: nsalloc.v1.AgainItem.bindings:type_name -> nsalloc.v1.Binding
-	17, // 9: nsalloc.v1.AgainItem.labels:type_name -> nsalloc.v1.AgainItem.LabelsEntry
-	22, // 10: nsalloc.v1.AgainItem.created:type_name -> google.protobuf.Timestamp
-	8,  // 11: nsalloc.v1.RegisterAgainResponse.answers:type_name -> nsalloc.v1.AgainAnswer
-	21, // 12: nsalloc.v1.AgainAnswer.sandbox:type_name -> nsalloc.v1.Sandbox
-	21, // 13: nsalloc.v1.EndResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	12, // 14: nsalloc.v1.SandboxesGetRequest.namespace:type_name -> nsalloc.v1.HostNamespace
-	23, // 15: nsalloc.v1.HostNamespace.type:type_name -> nsalloc.v1.NamespaceType
-	24, // 16: nsalloc.v1.HostNamespace.kernel:type_name -> nsalloc.v1.KernelId
-	21, // 17: nsalloc.v1.SandboxesGetResponse.sandbox:type_name -> nsalloc.v1.Sandbox
-	25, // 18: nsalloc.v1.SandboxesGetResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
-	26, // 19: nsalloc.v1.SandboxesListRequest.states:type_name -> nsalloc.v1.SandboxState
-	21, // 20: nsalloc.v1.SandboxesListResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
-	2,  // 21: nsalloc.v1.Sandboxes.Register:input_type -> nsalloc.v1.RegisterRequest
-	5,  // 22: nsalloc.v1.Sandboxes.RegisterAgain:input_type -> nsalloc.v1.RegisterAgainRequest
-	9,  // 23: nsalloc.v1.Sandboxes.End:input_type -> nsalloc.v1.EndRequest
-	11, // 24: nsalloc.v1.Sandboxes.Get:input_type -> nsalloc.v1.SandboxesGetRequest
-	14, // 25: nsalloc.v1.Sandboxes.List:input_type -> nsalloc.v1.SandboxesListRequest
-	0,  // 26: nsalloc.v1.Sandboxes.History:input_type -> nsalloc.v1.SandboxesHistoryRequest
-	4,  // 27: nsalloc.v1.Sandboxes.Register:output_type -> nsalloc.v1.RegisterResponse
-	7,  // 28: nsalloc.v1.Sandboxes.RegisterAgain:output_type -> nsalloc.v1.RegisterAgainResponse
-	10, // 29: nsalloc.v1.Sandboxes.End:output_type -> nsalloc.v1.EndResponse
-	13, // 30: nsalloc.v1.Sandboxes.Get:output_type -> nsalloc.v1.SandboxesGetResponse
-	15, // 31: nsalloc.v1.Sandboxes.List:output_type -> nsalloc.v1.SandboxesListResponse
-	1,  // 32: nsalloc.v1.Sandboxes.History:output_type -> nsalloc.v1.SandboxesHistoryResponse
-	27, // [27:33] is the sub-list for method output_type
-	21, // [21:27] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	21, // 8: nsalloc.v1.AgainItem.bindings:type_name -> nsalloc.v1.Binding
+	18, // 9: nsalloc.v1.AgainItem.labels:type_name -> nsalloc.v1.AgainItem.LabelsEntry
+	23, // 10: nsalloc.v1.AgainItem.created:type_name -> google.protobuf.Timestamp
+	7,  // 11: nsalloc.v1.AgainItem.dump:type_name -> nsalloc.v1.AgainDump
+	9,  // 12: nsalloc.v1.RegisterAgainResponse.answers:type_name -> nsalloc.v1.AgainAnswer
+	22, // 13: nsalloc.v1.AgainAnswer.sandbox:type_name -> nsalloc.v1.Sandbox
+	22, // 14: nsalloc.v1.EndResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	13, // 15: nsalloc.v1.SandboxesGetRequest.namespace:type_name -> nsalloc.v1.HostNamespace
+	24, // 16: nsalloc.v1.HostNamespace.type:type_name -> nsalloc.v1.NamespaceType
+	25, // 17: nsalloc.v1.HostNamespace.kernel:type_name -> nsalloc.v1.KernelId
+	22, // 18: nsalloc.v1.SandboxesGetResponse.sandbox:type_name -> nsalloc.v1.Sandbox
+	26, // 19: nsalloc.v1.SandboxesGetResponse.checkpoint:type_name -> nsalloc.v1.Checkpoint
+	27, // 20: nsalloc.v1.SandboxesListRequest.states:type_name -> nsalloc.v1.SandboxState
+	22, // 21: nsalloc.v1.SandboxesListResponse.sandboxes:type_name -> nsalloc.v1.Sandbox
+	2,  // 22: nsalloc.v1.Sandboxes.Register:input_type -> nsalloc.v1.RegisterRequest
+	5,  // 23: nsalloc.v1.Sandboxes.RegisterAgain:input_type -> nsalloc.v1.RegisterAgainRequest
+	10, // 24: nsalloc.v1.Sandboxes.End:input_type -> nsalloc.v1.EndRequest
+	12, // 25: nsalloc.v1.Sandboxes.Get:input_type -> nsalloc.v1.SandboxesGetRequest
+	15, // 26: nsalloc.v1.Sandboxes.List:input_type -> nsalloc.v1.SandboxesListRequest
+	0,  // 27: nsalloc.v1.Sandboxes.History:input_type -> nsalloc.v1.SandboxesHistoryRequest
+	4,  // 28: nsalloc.v1.Sandboxes.Register:output_type -> nsalloc.v1.RegisterResponse
+	8,  // 29: nsalloc.v1.Sandboxes.RegisterAgain:output_type -> nsalloc.v1.RegisterAgainResponse
+	11, // 30: nsalloc.v1.Sandboxes.End:output_type -> nsalloc.v1.EndResponse
+	14, // 31: nsalloc.v1.Sandboxes.Get:output_type -> nsalloc.v1.SandboxesGetResponse
+	16, // 32: nsalloc.v1.Sandboxes.List:output_type -> nsalloc.v1.SandboxesListResponse
+	1,  // 33: nsalloc.v1.Sandboxes.History:output_type -> nsalloc.v1.SandboxesHistoryResponse
+	28, // [28:34] is the sub-list for method output_type
+	22, // [22:28] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_nsalloc_v1_sandboxes_proto_init() }
@@ -1418,7 +1513,7 @@ func file_nsalloc_v1_sandboxes_proto_init() {
 		return
 	}
 	file_nsalloc_v1_types_proto_init()
-	file_nsalloc_v1_sandboxes_proto_msgTypes[11].OneofWrappers = []any{
+	file_nsalloc_v1_sandboxes_proto_msgTypes[12].OneofWrappers = []any{
 		(*SandboxesGetRequest_Serial)(nil),
 		(*SandboxesGetRequest_Namespace)(nil),
 	}
@@ -1428,7 +1523,7 @@ func file_nsalloc_v1_sandboxes_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_nsalloc_v1_sandboxes_proto_rawDesc), len(file_nsalloc_v1_sandboxes_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
