@@ -63,8 +63,8 @@ them have seen; nsalloc pool status says what they wait for. This command waits 
 
 No serial that was issued is issued again: the pool goes into a generation that nobody has seen, and its counter
 begins at a random point of it. What is left of all ranges is burned. The hosts' agents register again what lives on
-them, under the serials that it has. Images of before can be restored when every host has come back, or was waived
-(nsalloc host waive); what was dumped after the snapshot was taken, and restored nowhere, the pool does not know.`,
+them, under the serials that it has, and tell again what they have dumped and restored lately. Images of before can be
+restored when every host has come back, or was waived (nsalloc host waive).`,
 		Example: "  nsalloc pool recover",
 		Args:    usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {

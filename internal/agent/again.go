@@ -38,7 +38,7 @@ func (r *registrar) owned(ctx context.Context, host *alloc.Host, pool *alloc.Poo
 // registerAgain says what lives on this host, until everything is said. Dying on any line of it leaves a host
 // that is not settled: the next agent begins anew, with what the ledger has and the pool does not have yet.
 func (r *registrar) registerAgain(ctx context.Context, host *alloc.Host, pool *alloc.Pool, owned []*alloc.Sandbox) error {
-	items, err := r.a.toRegisterAgain(ctx, pool.Generation, owned)
+	items, places, err := r.a.toRegisterAgain(ctx, pool.Generation, owned)
 	if err != nil {
 		return err
 	}
@@ -47,6 +47,9 @@ func (r *registrar) registerAgain(ctx context.Context, host *alloc.Host, pool *a
 	for {
 		n, bindings := 0, 0
 		for n < min(len(items), most) && (n == 0 || bindings+len(items[n].Bindings) <= maxAgainBindings) {
+			if items[n].From, err = r.a.partedFrom(ctx, items[n], places); err != nil {
+				return err
+			}
 			bindings += len(items[n].Bindings)
 			n++
 		}
@@ -62,9 +65,13 @@ func (r *registrar) registerAgain(ctx context.Context, host *alloc.Host, pool *a
 			return err
 		}
 		for i, a := range answers {
-			if a.Err != nil {
+			switch it := items[i]; {
+			case a.Err == nil:
+			case it.Over || it.Dump != nil:
+				r.a.log.Debug("what was done here with a sandbox is known, or has been overtaken", "sandbox", it.Sandbox, "epoch", it.Epoch, "cause", a.Err)
+			default:
 				refused++
-				r.lost(items[i], a)
+				r.lost(it, a)
 			}
 		}
 		if items = items[n:]; last {
@@ -93,16 +100,16 @@ func (r *registrar) lost(it alloc.AgainItem, a alloc.AgainAnswer) {
 
 // toRegisterAgain is what lives here of before generation g, as this agent has it. owned is what the pool says is
 // here: what of it was registered again by an agent that died is left out, and where there is no ledger it tells
-// what was here, as far as it is known.
-func (a *Agent) toRegisterAgain(ctx context.Context, g alloc.Generation, owned []*alloc.Sandbox) ([]alloc.AgainItem, error) {
+// what was here, as far as it is known. places says in which sandbox the pool's records for this host have a serial.
+func (a *Agent) toRegisterAgain(ctx context.Context, g alloc.Generation, owned []*alloc.Sandbox) (items []alloc.AgainItem, places map[alloc.Serial]alloc.Serial, err error) {
 	procs, err := a.kernel.Sweep(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	l := newLiving(a, procs)
 	var known []*alloc.Sandbox
 	done := map[alloc.Serial]bool{}
-	places := map[alloc.Serial]alloc.Serial{} // where the pool's records for this host have a serial
+	places = map[alloc.Serial]alloc.Serial{}
 	for _, s := range owned {
 		if s.Again >= g {
 			done[s.Serial] = true
@@ -121,7 +128,6 @@ func (a *Agent) toRegisterAgain(ctx context.Context, g alloc.Generation, owned [
 	} else {
 		known = append(known, owned...) // the state was lost
 	}
-	var items []alloc.AgainItem
 	for _, s := range known {
 		if done[s.Serial] || s.Epoch.Generation() >= g || s.State != alloc.StateRunning && s.State != alloc.StateDumped {
 			continue
@@ -136,12 +142,9 @@ func (a *Agent) toRegisterAgain(ctx context.Context, g alloc.Generation, owned [
 		if len(it.Bindings) == 0 {
 			continue
 		}
-		if it.From, err = a.partedFrom(ctx, it, places); err != nil {
-			return nil, err
-		}
 		items = append(items, it)
 	}
-	return items, nil
+	return a.addDeeds(items, g, done), places, nil
 }
 
 // sinceLedger is known with what the pool has numbered here from what the ledger takes for unspent: the agent died, or

@@ -234,6 +234,63 @@ func TestForgetsHandoff(t *testing.T) {
 	}
 }
 
+// TestForgetsDump: of a dump that the store has forgotten the images carry the sandbox on, whether its end was told
+// before, or the tree is still there when the host comes back; and what was restored once is not restored again.
+func TestForgetsDump(t *testing.T) {
+	for _, ended := range []bool{true, false} {
+		t.Run(fmt.Sprintf("ended=%t", ended), func(t *testing.T) {
+			h := newHost(t)
+			tree := container(t, containerFlags)
+			places := h.serials(tree.pid)
+			h.consistent()
+			then := h.snapshot()
+			d := &dumped{criu: h.criu(), tree: tree, sandbox: places[alloc.Mnt].sandbox, before: serialsOf(places), images: writeImages(t, "run", containerTypes...)}
+			d.passes(criuhook.PreDump, tree.pid, d.images)
+			d.passes(criuhook.PostDump, tree.pid, d.images)
+			end := func() {
+				d.tree.end()
+				h.reaches(d.sandbox, alloc.StateInTransit)
+				d.end()
+			}
+			if ended {
+				end()
+				h.settled()
+			}
+			h.hasSettled(h.putBack(then))
+			if !ended {
+				h.reaches(d.sandbox, alloc.StateDumped)
+				end()
+			}
+			_, cp := h.reaches(d.sandbox, alloc.StateInTransit)
+			if cp == nil || cp.State != alloc.CheckpointOpen || cp.RunID != "run" {
+				t.Errorf("its images are %+v", cp)
+			}
+			h.settled()
+			then = h.snapshot()
+			c, pid := h.restored(d.images)
+			c.passes(criuhook.PreResume, pid, d.images)
+			c.end()
+			h.reaches(d.sandbox, alloc.StateRunning)
+			h.keepsSerials(pid, restoredSerials(h, pid, d.before))
+			h.settled()
+			kill(pid)
+			h.reaches(d.sandbox, alloc.StateEnded)
+
+			h.hasSettled(h.putBack(then))
+			h.reaches(d.sandbox, alloc.StateEnded)
+			again, pid := h.restored(d.images)
+			again.end()
+			for _, typ := range containerTypes {
+				if b := h.serials(pid)[typ].binding; b.Serial == d.before[typ] || b.Parent != d.before[typ] {
+					t.Errorf("restored once more, %s is %+v", typ, b)
+				}
+			}
+			h.settled()
+			h.consistent()
+		})
+	}
+}
+
 // TestForgetsWhatIsElsewhere: by the pool's records a sandbox has gone on in a higher epoch: what lives of it here
 // gets fresh serials, and that is said loudly; all else keeps its own.
 func TestForgetsWhatIsElsewhere(t *testing.T) {

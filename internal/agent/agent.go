@@ -38,7 +38,8 @@
 //
 // The pool is in a new generation then, and its records are of a moment that is over. The agent says first what it has
 // (again.go): each sandbox of its book of which something lives, under its serials, in its epoch. Only then it reads the
-// pool's records into its book, which would else forget with the store. Until the last one is said the host is not
+// pool's records into its book, which would else forget with the store. It also says what it has dumped last, and what it
+// has restored and is over: else images would be nobody's, or be restored a second time. Until the last one is said the host is not
 // settled, and an agent that dies begins anew: what it has is in its ledger. A sandbox that is refused has gone on
 // elsewhere; what lives of it here gets fresh serials, and that is logged as an error.
 //

@@ -238,7 +238,12 @@ func (a *Agent) openCheckpoint(ctx context.Context, n *run, dir *os.File, m *cri
 		return err
 	}
 	// On disk before it can be in the store: whatever happens next, the settling knows which dump it was.
-	n.rec.Checkpoint = m.Checkpoint
+	n.rec.Checkpoint, n.rec.Manifest, n.rec.RunID = m.Checkpoint, digest, m.RunID
+	if s := a.book.sandbox(m.Sandbox); s != nil {
+		if n.rec.Dumped, err = noted(s, a.book.isProvisional); err != nil {
+			return err
+		}
+	}
 	killpoint.At(killpoint.AgentCheckpointRecording)
 	if err := a.runs.save(n); err != nil {
 		return err

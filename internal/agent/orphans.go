@@ -77,7 +77,9 @@ func (a *Agent) settleOrphan(ctx context.Context, serial alloc.Serial) error {
 	case alloc.StateDumped:
 		zero := a.runs.gaveZero(s.Checkpoint)
 		var h alloc.Handoff
-		if !a.book.isAbsent(s) && a.anyAlive(s) {
+		if seen := a.runs.seenOf(s.Checkpoint); seen != "" { // told before, and the store has forgotten it
+			h, err = a.pool.Confirm(ctx, alloc.ConfirmCommand{Mutation: m, Sandbox: s.Serial, Epoch: s.Epoch, Checkpoint: s.Checkpoint, Evidence: seen})
+		} else if !a.book.isAbsent(s) && a.anyAlive(s) {
 			h, err = a.pool.Abort(ctx, alloc.AbortCommand{Mutation: m, Sandbox: s.Serial, Epoch: s.Epoch, Checkpoint: s.Checkpoint, ZeroGiven: zero})
 		} else {
 			evidence := alloc.InDoubt

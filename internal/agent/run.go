@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -50,8 +51,13 @@ type runRecord struct {
 	Sandbox    alloc.Serial `json:"sandbox,omitempty"`
 	Epoch      alloc.Epoch  `json:"epoch,omitempty"`
 	Checkpoint alloc.Serial `json:"checkpoint,omitempty"`
-	// Manifest is the digest of the manifest that a restore was decided on.
+	// Manifest is the digest of the manifest that a restore was decided on, or that a dump has written.
 	Manifest alloc.Digest `json:"manifest,omitzero"`
+	// RunID and Dumped are what a dump recorded: CRIU's run id, and the sandbox as it was. Evidence is what was seen of
+	// its tree, once the pool was told. A pool whose store forgets that is told again (again.go).
+	RunID    string          `json:"run_id,omitempty"`
+	Dumped   json.RawMessage `json:"dumped,omitempty"`
+	Evidence alloc.Evidence  `json:"evidence,omitempty"`
 	// ZeroGiven: 0 was, or is about to be, answered at the last stage that can veto. Written before the
 	// answer leaves, so a crash in between counts as given.
 	ZeroGiven bool `json:"zero_given,omitempty"`
@@ -323,6 +329,18 @@ func (r *runs) gaveZero(checkpoint alloc.Serial) bool {
 		}
 	}
 	return true
+}
+
+// seenOf is what the pool was told that was seen of the tree of the dump that made a checkpoint; "" for nothing.
+func (r *runs) seenOf(checkpoint alloc.Serial) alloc.Evidence {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, rec := range r.seen {
+		if rec.Phase == criuhook.Dump && rec.Checkpoint == checkpoint {
+			return rec.Evidence
+		}
+	}
+	return ""
 }
 
 // building lists the trees that restores are making: they are not complete and must not get serials from

@@ -129,6 +129,7 @@ func (a *Agent) settleDump(ctx context.Context, n *run, criuGone, treeGone bool)
 	if err := a.registrar.moved(h, err); err != nil {
 		return "", err
 	}
+	n.rec.Evidence = evidence
 	return fmt.Sprintf("the tree is gone (%s): %s, images %s", evidence, h.Sandbox.State, h.Checkpoint.State), nil
 }
 

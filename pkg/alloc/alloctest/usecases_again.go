@@ -34,6 +34,18 @@ func useCasesAgain() []UseCase {
 			cmd.Last = false
 			return again(p, cmd)
 		}},
+		{Name: "RegisterAgain a dump", Prepare: func(t *testing.T, p *Pool) call {
+			a, b := p.Agent("a"), p.Agent("b")
+			way := transit(t, a, a.Sandbox())
+			then := p.Snapshot()
+			h := bind(t, b, claim(t, b, way, "r"), "r")
+			images := transit(t, b, &h.Sandbox)
+			p.PutBack(then)
+			b.Rejoin()
+			cmd := b.Again()
+			cmd.Items = []alloc.AgainItem{b.dumpOf(images)}
+			return again(p, cmd)
+		}},
 		{Name: "RegisterAgain as the last host", Prepare: func(_ *testing.T, p *Pool) call {
 			a := p.Agent("a")
 			p.PutBack(p.Snapshot())
