@@ -107,8 +107,8 @@ func (f *forgetful) comeBack(h *truth) {
 	}
 	if h.Record().Settled < h.in {
 		cmd := h.Again()
-		it, last, any := h.item()
-		if any {
+		it, last, some := h.item()
+		if some {
 			cmd.Items = append(cmd.Items, it)
 		}
 		answers, err := f.p.RegisterAgain(f.t.Context(), cmd)
@@ -116,7 +116,7 @@ func (f *forgetful) comeBack(h *truth) {
 			f.rt.Fatal(err)
 		}
 		switch {
-		case any && it.Dump != nil && answers[0].Err == nil && answers[0].Sandbox.State == alloc.StateDumped:
+		case some && it.Dump != nil && answers[0].Err == nil && answers[0].Sandbox.State == alloc.StateDumped:
 			f.reopened++
 			_, err := f.p.Confirm(f.t.Context(), h.Confirm(last.Handoff, last.seen))
 			if f.allowed("confirm again", err); err != nil {
