@@ -19,7 +19,8 @@ const maxAgainBindings = 4096
 // say what lives here, 0 where nobody was asked in it: then they are believed. By the registrar's holder.
 func (r *registrar) owned(ctx context.Context, host *alloc.Host, pool *alloc.Pool) (list []*alloc.Sandbox, g alloc.Generation, err error) {
 	a := r.a
-	owned, err := a.pool.Owned(ctx, a.cfg.Host)
+	var owned []*alloc.Sandbox
+	r.lend(func() { owned, err = a.pool.Owned(ctx, a.cfg.Host) })
 	if err != nil || pool.Generation <= 1 || host.Settled >= pool.Generation {
 		return owned, pool.Generation, err
 	}
@@ -31,7 +32,7 @@ func (r *registrar) owned(ctx context.Context, host *alloc.Host, pool *alloc.Poo
 	if err != nil {
 		return nil, 0, r.failed(err)
 	}
-	list, err = a.pool.Owned(ctx, a.cfg.Host)
+	r.lend(func() { list, err = a.pool.Owned(ctx, a.cfg.Host) })
 	return list, pool.Generation, err
 }
 
@@ -54,9 +55,9 @@ func (r *registrar) registerAgain(ctx context.Context, host *alloc.Host, pool *a
 			n++
 		}
 		last := n == len(items)
-		answers, err := r.a.pool.RegisterAgain(ctx, alloc.AgainCommand{
-			Mutation: alloc.Mutation{Host: r.a.cfg.Host, Incarnation: host.Incarnation}, Items: items[:n], Last: last,
-		})
+		cmd := alloc.AgainCommand{Mutation: alloc.Mutation{Host: r.a.cfg.Host, Incarnation: host.Incarnation}, Items: items[:n], Last: last}
+		var answers []alloc.AgainAnswer
+		r.lend(func() { answers, err = r.a.pool.RegisterAgain(ctx, cmd) })
 		if alloc.ReasonOf(err) == alloc.ReasonTooLarge && n > 1 {
 			most = n / 2
 			continue
@@ -183,7 +184,8 @@ func (a *Agent) partedFrom(ctx context.Context, it alloc.AgainItem, places map[a
 	for _, b := range it.Bindings {
 		at := places[b.Serial]
 		if at == 0 && b.Serial < it.Sandbox {
-			s, _, err := a.pool.Sandbox(ctx, b.Serial)
+			var s *alloc.Sandbox
+			a.registrar.lend(func() { s, _, err = a.pool.Sandbox(ctx, b.Serial) })
 			switch {
 			case notThere(err):
 				continue
@@ -216,7 +218,7 @@ func (r *registrar) compare(ctx context.Context, owned []*alloc.Sandbox, pool *a
 		found := now[s.Serial]
 		if found == nil {
 			var err error
-			found, _, err = a.pool.Sandbox(ctx, s.Serial)
+			r.lend(func() { found, _, err = a.pool.Sandbox(ctx, s.Serial) })
 			// Its serial can be of another sandbox as well: a clash is what was mended.
 			if notThere(err) || err == nil && found.Serial != s.Serial {
 				a.log.Error("the pool does not know a sandbox of this host any more: it was put aside (nsalloc mend); what lives of it gets fresh serials",

@@ -58,7 +58,7 @@ func (a *Agent) part(ctx context.Context, from alloc.Serial, b alloc.Binding) er
 	if err != nil {
 		return err
 	}
-	_, err = a.registrar.register(ctx, spend,
+	_, err = a.registrar.register(ctx, spend, nil,
 		alloc.RegisterItem{Sandbox: from, Epoch: s.Epoch, Part: []alloc.Serial{b.Serial}},
 		alloc.RegisterItem{Sandbox: serials[0], Add: []alloc.Binding{{Serial: b.Serial, Type: b.Type, Kernel: b.Kernel}}, Labels: handedIn(from, s.Labels)},
 	)

@@ -83,10 +83,12 @@ func (a *Agent) reportGone(ctx context.Context, s *alloc.Sandbox, gone []alloc.S
 		return nil // it changed since it was looked at: the next sweep looks again
 	}
 	if alive > 0 {
-		_, err := a.registrar.register(ctx, nil, alloc.RegisterItem{Sandbox: s.Serial, Epoch: s.Epoch, Gone: gone})
+		_, err := a.registrar.register(ctx, nil, nil, alloc.RegisterItem{Sandbox: s.Serial, Epoch: s.Epoch, Gone: gone})
 		return err
 	}
-	ended, err := a.pool.End(ctx, alloc.EndCommand{Mutation: a.registrar.mutation(), Sandbox: s.Serial, Epoch: s.Epoch})
+	cmd := alloc.EndCommand{Mutation: a.registrar.mutation(), Sandbox: s.Serial, Epoch: s.Epoch}
+	var ended *alloc.Sandbox
+	a.registrar.lend(func() { ended, err = a.pool.End(ctx, cmd) })
 	if alloc.ReasonOf(err) == alloc.ReasonSettling {
 		return nil // another host may have it; the next sweep asks again
 	}

@@ -47,7 +47,11 @@ func (a *Agent) registerAll(ctx context.Context, wishes []wish) ([]*alloc.Sandbo
 	for i, e := range entries {
 		items[i] = e.RegisterItem
 	}
-	out, err := a.registrar.register(ctx, spend, items...)
+	var flying []entry
+	if canWait(wishes) {
+		flying = entries
+	}
+	out, err := a.registrar.register(ctx, spend, flying, items...)
 	if err != nil {
 		a.registrar.keepAssigned(err, wishes, entries)
 		return nil, err

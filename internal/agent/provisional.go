@@ -211,13 +211,8 @@ func (r *registrar) append(entries []entry) error {
 // serials that it named, or will have. Where that cannot be written nothing was given, and the pool's records
 // tell. By the holder.
 func (r *registrar) keepAssigned(err error, wishes []wish, entries []entry) {
-	if !unreached(err) || !r.usable.Load() || len(r.pending) > 0 {
-		return
-	}
-	for i, w := range wishes {
-		if !w.keeps || len(w.add) == 0 || len(entries[i].Add) == 0 {
-			return
-		}
+	if !unreached(err) || !r.usable.Load() || len(r.pending) > 0 || !canWait(wishes) {
+		return // what is pending has these in it: they were asked for meanwhile
 	}
 	if err := r.append(entries); err != nil {
 		r.a.log.Warn("a registration whose outcome is not known cannot be written down; its namespaces wait for the pool", "cause", err)
@@ -262,12 +257,16 @@ func (r *registrar) commitFirst(ctx context.Context, n int) error {
 		r.drop(err)
 		return nil
 	}
-	left := len(r.pending) - n
+	until := slices.Max(r.pending[n-1].fresh())
 	if err := r.commitFirst(ctx, n/2); err != nil {
 		return err
 	}
-	// What was dropped may have taken others along.
-	if rest := len(r.pending) - left; rest > 0 {
+	// What was dropped may have taken others along, and what was given meanwhile is at the end.
+	rest := 0
+	for rest < len(r.pending) && r.pending[rest].fresh()[0] <= until {
+		rest++
+	}
+	if rest > 0 {
 		return r.commitFirst(ctx, rest)
 	}
 	return nil
@@ -290,7 +289,11 @@ func (r *registrar) commitBatch(ctx context.Context, batch []entry) error {
 		return r.failed(&alloc.Error{Reason: alloc.ReasonRange, Subject: "host " + r.a.cfg.Host, Msg: "provisional serials are in none of its ranges"})
 	}
 	spend, _, _ := r.ranges.Take(count)
-	out, left, err := r.a.pool.Register(ctx, alloc.RegisterCommand{Mutation: r.mutation(), Spend: spend, Items: items})
+	cmd := alloc.RegisterCommand{Mutation: r.mutation(), Spend: spend, Items: items}
+	var out []*alloc.Sandbox
+	var left alloc.Ranges
+	var err error
+	r.lend(func() { out, left, err = r.a.pool.Register(ctx, cmd) })
 	if err != nil {
 		return r.failed(err)
 	}

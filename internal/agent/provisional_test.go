@@ -199,38 +199,6 @@ func TestGoneWhileAway(t *testing.T) {
 	h.consistent()
 }
 
-// TestNoWait: who does not wait gets a provisional serial while the pool is there, and the same one is committed.
-func TestNoWait(t *testing.T) {
-	h := idleHost(t)
-	h.quiet = true
-	h.start()
-	answer := make(chan struct{})
-	h.pool.before("Register", func() { <-answer })
-	c := container(t, containerFlags)
-	l := &local{a: h.Agent}
-	resp, err := l.Identify(t.Context(), &nsallocv1.IdentifyRequest{Pid: int32(c.pid), NoWait: true})
-	close(answer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	given := map[uint64]bool{}
-	for _, n := range resp.GetNamespaces() {
-		if n.GetProvisional() == n.GetOfHost() {
-			t.Errorf("%v", n)
-		}
-		given[n.GetBinding().GetSerial()] = true
-	}
-	if resp, err = l.Identify(t.Context(), &nsallocv1.IdentifyRequest{Pid: int32(c.pid)}); err != nil {
-		t.Fatal(err)
-	}
-	for _, n := range resp.GetNamespaces() {
-		if n.GetProvisional() || !given[n.GetBinding().GetSerial()] {
-			t.Errorf("%v", n)
-		}
-	}
-	h.consistent()
-}
-
 // TestRestartAway: an agent that is started while the pool is away knows what is committed and what is
 // provisional, and goes on. It does what it can be killed in the middle of.
 func TestRestartAway(t *testing.T) {

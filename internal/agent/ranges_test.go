@@ -139,7 +139,7 @@ func (h *host) useUpFront(n uint64) {
 	defer done()
 	spend, _, _ := h.registrar.ranges.Take(n)
 	own := h.book.ofHost(h.bootID())
-	if _, err := h.registrar.register(h.t.Context(), spend, alloc.RegisterItem{Sandbox: own.Serial, Epoch: own.Epoch}); err != nil {
+	if _, err := h.registrar.register(h.t.Context(), spend, nil, alloc.RegisterItem{Sandbox: own.Serial, Epoch: own.Epoch}); err != nil {
 		h.t.Fatal(err)
 	}
 }

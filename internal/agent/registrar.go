@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -12,12 +13,15 @@ import (
 	"github.com/nsalloc/nsalloc/pkg/alloc"
 )
 
-// registrar is the one place that spends serials of this host. Who holds it has the book to itself:
-// what the book does not know is unnumbered, and stays so until the holder numbers it.
+// registrar is the one place that spends serials of this host. Who holds its turn has the book to itself, but for what
+// is lent (see holdBooks): what the book does not know is unnumbered, and stays so until the holder numbers it.
 type registrar struct {
 	a      *Agent
 	turn   chan struct{} // holds one token: a lock that can be waited for with a deadline
-	ranges alloc.Ranges  // what is left to spend; by whoever holds turn
+	books  chan struct{} // as turn; who has both took the turn first
+	ranges alloc.Ranges  // what is left to spend; by whoever holds books
+	flying []entry       // what the pool is asked for while the books are lent; by whoever holds books
+	firm   bool          // nothing is lent; by whoever holds turn
 	// id is this life, as the last Hello knew it, and renewed what is to be on disk before the next one, nil
 	// mostly; by whoever holds turn.
 	id      identity
@@ -27,7 +31,7 @@ type registrar struct {
 	// whoever holds turn.
 	burned map[alloc.Serial]bool
 	// pending is what has provisional serials, in the order in which it is to be registered, and replaced
-	// which namespaces had serials that are void, until they have others; by whoever holds turn.
+	// which namespaces had serials that are void, until they have others; by whoever holds books.
 	pending  []entry
 	replaced map[string]alloc.Serial
 	fence    fence
@@ -42,7 +46,7 @@ type registrar struct {
 	joins  int           // how often the pool's records were read; by whoever holds turn
 	grants pace          // how much to ask for; by whoever holds turn
 	low    chan struct{} // asks for a range; holds one
-	disk   onDisk        // by whoever holds turn
+	disk   onDisk        // by whoever holds books
 	stale  atomic.Bool   // the pool's records must be read anew before anything is spent
 	usable atomic.Bool   // the ranges are this life's: provisional serials can be given from them
 
@@ -54,8 +58,9 @@ type registrar struct {
 }
 
 func newRegistrar(a *Agent) *registrar {
-	r := &registrar{a: a, turn: make(chan struct{}, 1), burned: map[alloc.Serial]bool{}, replaced: map[string]alloc.Serial{}, low: make(chan struct{}, 1), unsure: true}
+	r := &registrar{a: a, turn: make(chan struct{}, 1), books: make(chan struct{}, 1), burned: map[alloc.Serial]bool{}, replaced: map[string]alloc.Serial{}, low: make(chan struct{}, 1), unsure: true}
 	r.turn <- struct{}{}
+	r.books <- struct{}{}
 	return r
 }
 
@@ -76,15 +81,17 @@ func (r *registrar) hold(ctx context.Context) (func(), error) {
 	return done, nil
 }
 
-// holdAway takes the turn to work without the pool.
+// holdAway takes the turn, and asks nobody anything.
 func (r *registrar) holdAway(ctx context.Context) (func(), error) {
 	select {
 	case <-r.turn:
 	case <-ctx.Done():
 		return nil, fmt.Errorf("another registration is under way: %w", context.Cause(ctx))
 	}
+	<-r.books // nobody keeps them for longer than a write to the disk takes
 	return func() {
 		r.keep()
+		r.books <- struct{}{}
 		r.turn <- struct{}{}
 	}, nil
 }
@@ -129,9 +136,13 @@ func (r *registrar) joinHeld(ctx context.Context) error {
 	if err := r.replacedElsewhere(ctx, id); err != nil {
 		return err
 	}
-	host, pool, err := a.pool.Hello(ctx, alloc.HelloCommand{
+	var host *alloc.Host
+	var pool *alloc.Pool
+	var err error
+	hello := alloc.HelloCommand{
 		Host: a.cfg.Host, BootID: a.bootID(), Incarnation: id.Incarnation, Nonce: id.Nonce, PoolUUID: id.Pool, Labels: r.labels(), Seen: r.seen,
-	})
+	}
+	r.lend(func() { host, pool, err = a.pool.Hello(ctx, hello) })
 	if err != nil {
 		return err
 	}
@@ -234,10 +245,13 @@ func (r *registrar) mutation() alloc.Mutation {
 	return alloc.Mutation{Host: r.a.cfg.Host, Incarnation: r.id.Incarnation}
 }
 
-// take sets aside n serials for one command; by the holder, while nothing is provisional. Nothing is spent until
-// that command commits: it names all of spend, and the pool compares. spend begins with what has to be burned.
-// It waits for the pool only where the spare has not come in time.
+// take sets aside n serials for one command; by the holder. Nothing is spent until that command commits: it names all
+// of spend, and the pool compares. spend begins with what has to be burned. It waits for the pool only where the spare
+// has not come in time, or something is provisional.
 func (r *registrar) take(ctx context.Context, n int) (spend alloc.Ranges, serials []alloc.Serial, err error) {
+	if err := r.commitFirmly(ctx); err != nil {
+		return nil, nil, err
+	}
 	skip := r.toBurn()
 	need := skip + uint64(n)
 	if n > 0 && r.ranges.Count() < need {
@@ -355,7 +369,9 @@ func (r *registrar) replacedElsewhere(ctx context.Context, id identity) error {
 	if r.fence.times.Load() == 0 || r.joins == 0 || id.Incarnation == 0 {
 		return nil
 	}
-	host, err := r.a.pool.Host(ctx, r.a.cfg.Host)
+	var host *alloc.Host
+	var err error
+	r.lend(func() { host, err = r.a.pool.Host(ctx, r.a.cfg.Host) })
 	if err != nil {
 		return err
 	}
@@ -366,16 +382,36 @@ func (r *registrar) replacedElsewhere(ctx context.Context, id identity) error {
 		Msg: fmt.Sprintf("it is in incarnation %s, this agent is of incarnation %s", host.Incarnation, id.Incarnation)})
 }
 
-// register commits items that make or change sandboxes; by the holder.
-func (r *registrar) register(ctx context.Context, spend alloc.Ranges, items ...alloc.RegisterItem) ([]*alloc.Sandbox, error) {
-	out, left, err := r.a.pool.Register(ctx, alloc.RegisterCommand{Mutation: r.mutation(), Spend: spend, Items: items})
-	if err != nil {
-		return nil, r.failed(err)
+// register commits items that make or change sandboxes; by the holder. flying is the same items where all of them may
+// be provisional. The books are lent meanwhile where that is so, or where the items number nothing.
+func (r *registrar) register(ctx context.Context, spend alloc.Ranges, flying []entry, items ...alloc.RegisterItem) (out []*alloc.Sandbox, err error) {
+	cmd := alloc.RegisterCommand{Mutation: r.mutation(), Spend: spend, Items: items}
+	var left alloc.Ranges
+	ask := func() { out, left, err = r.a.pool.Register(ctx, cmd) }
+	if len(flying) == 0 && slices.ContainsFunc(items, func(it alloc.RegisterItem) bool { return len(it.Add) > 0 }) {
+		ask()
+	} else {
+		r.flying = flying
+		r.lend(ask)
 	}
-	r.spent(left)
-	r.note(out...)
-	r.a.book.commit(r.a.cfg.Host, out, nil)
-	return out, nil
+	told := len(flying) > 0 && r.flying == nil // somebody has the serials, as provisional ones
+	r.flying = nil
+	switch {
+	case err == nil:
+		if told {
+			r.pending = r.pending[len(flying):]
+		}
+		r.spent(left)
+		r.note(out...)
+		r.a.book.commit(r.a.cfg.Host, out, r.pending)
+		return out, nil
+	case told && refused(err):
+		// One by one: what is not at fault keeps what it was told.
+		err = r.failed(err)
+		r.a.log.Debug("a registration that is provisional by now was refused", "cause", err)
+		return r.commitQueued(ctx, flying)
+	}
+	return nil, r.failed(err)
 }
 
 // moved notes the outcome of a hand-off's step.

@@ -149,7 +149,7 @@ func (a *Agent) burnCheckpoint(ctx context.Context, n *run) (string, error) {
 			return "", err
 		}
 		if len(spend) > 0 {
-			if _, err := a.registrar.register(ctx, spend, alloc.RegisterItem{Sandbox: s.Serial, Epoch: s.Epoch}); err != nil {
+			if _, err := a.registrar.register(ctx, spend, nil, alloc.RegisterItem{Sandbox: s.Serial, Epoch: s.Epoch}); err != nil {
 				return "", err
 			}
 		}

@@ -111,7 +111,7 @@ func (a *Agent) withNumberable(ctx context.Context, do func([]kernelns.Process) 
 func (a *Agent) withNumberableAway(ctx context.Context, do func([]kernelns.Process) error) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	done, err := a.registrar.holdAway(ctx)
+	done, err := a.registrar.holdBooks(ctx)
 	if err != nil {
 		return err
 	}

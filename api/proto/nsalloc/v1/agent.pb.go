@@ -447,7 +447,8 @@ type IdentifyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Its pid in the agent's PID namespace.
 	Pid int32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
-	// Do not wait for the pool: what has no serial yet gets a provisional one.
+	// Do not wait for the pool: what has no serial yet gets a provisional one. It waits, some seconds at most, for a
+	// step of a hand-off that is under way on this host, and while the host has no serials left to give.
 	NoWait        bool `protobuf:"varint,2,opt,name=no_wait,json=noWait,proto3" json:"no_wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
