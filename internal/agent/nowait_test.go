@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -17,11 +18,13 @@ func TestNoWait(t *testing.T) {
 	h.quiet = true
 	h.start()
 	answer := make(chan struct{})
+	goOn := sync.OnceFunc(func() { close(answer) })
+	t.Cleanup(goOn)
 	h.pool.before("Register", func() { <-answer })
 	c := container(t, containerFlags)
 	l := &local{a: h.Agent}
 	resp, err := l.Identify(t.Context(), &nsallocv1.IdentifyRequest{Pid: int32(c.pid), NoWait: true})
-	close(answer)
+	goOn()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,6 +73,8 @@ func (h *host) noWait(pid int) map[alloc.NamespaceType]alloc.Serial {
 func (h *host) asked(method string, begin func()) (goOn func()) {
 	h.t.Helper()
 	made, answer := make(chan struct{}), make(chan struct{})
+	goOn = sync.OnceFunc(func() { close(answer) })
+	h.t.Cleanup(goOn)
 	h.pool.before(method, func() { close(made); <-answer })
 	begin()
 	h.eventually(method+" is asked for", func() error {
@@ -80,7 +85,7 @@ func (h *host) asked(method string, begin func()) (goOn func()) {
 			return errors.New("it is not")
 		}
 	})
-	return func() { close(answer) }
+	return goOn
 }
 
 // TestNoWaitBeside: who does not wait gets serials also while somebody else waits for the pool, for what is being
@@ -96,10 +101,10 @@ func TestNoWaitBeside(t *testing.T) {
 			}
 			var first *proc
 			goOn := h.asked("Register", func() { first = container(t, containerFlags) })
-			given := h.noWait(first.pid)
 			another := container(t, containerFlags)
 			later := h.noWait(another.pid)
-			same(t, given, h.noWait(first.pid))
+			given := h.noWait(first.pid)
+			same(t, later, h.noWait(another.pid))
 			disjoint(t, given, later)
 			goOn()
 			h.comeBack()
