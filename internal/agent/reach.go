@@ -111,14 +111,19 @@ func (a *Agent) lookAtPool(parent context.Context) error {
 		a.log.Warn("the pool is in another generation; this host's ranges are burned, and it asks for new ones", "old", known.Generation, "new", pool.Generation)
 		r.stale.Store(true) // until it has joined anew: this look is the only one that sees the change
 	}
+	if !pool.IsSettled() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(parent, commitTimeout) // all that lives here may have to be registered again
+		defer cancel()
+	}
 	if err := r.join(ctx); err != nil {
 		return err
 	}
 	return a.commitProvisional(parent)
 }
 
-// commitTimeout bounds one try to commit what is provisional: a full range takes that long on a slow store. Each
-// transaction has its own bound.
+// commitTimeout bounds one try to commit what is provisional, or to register again what lives here: a full range takes
+// that long on a slow store. Of the first each transaction has its own bound.
 const commitTimeout = 30 * time.Second
 
 // commitProvisional commits what is provisional, if anything is.
